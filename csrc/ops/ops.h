@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every operator function, per device, as registration.cpp registers it. Schemas and meanings stand there.
+#pragma once
+
+#include <tuple>
+
+#include "ops/checks.h"
+
+namespace kvopt::ops {
+
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+using Pair = std::tuple<Tensor, Tensor>;
+
+Tensor qlinear_cpu(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias, int64_t n,
+                   int64_t bits, int64_t group_size, bool symmetric);
+Triple wquant_rtn_cpu(Tensor weight, int64_t bits, int64_t group_size, bool symmetric);
+Pair wquant_pack_cpu(Tensor codes, Tensor scale, Tensor zero, int64_t bits, int64_t group_size,
+                     bool symmetric);
+Triple wquant_unpack_cpu(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
+                         int64_t group_size, bool symmetric);
+Tensor wquant_dequantize_cpu(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
+                             int64_t group_size, bool symmetric, ScalarType dtype);
+
+Tensor qlinear_cuda(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias, int64_t n,
+                    int64_t bits, int64_t group_size, bool symmetric);
+Triple wquant_rtn_cuda(Tensor weight, int64_t bits, int64_t group_size, bool symmetric);
+Pair wquant_pack_cuda(Tensor codes, Tensor scale, Tensor zero, int64_t bits, int64_t group_size,
+                      bool symmetric);
+Triple wquant_unpack_cuda(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
+                          int64_t group_size, bool symmetric);
+Tensor wquant_dequantize_cuda(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
+                              int64_t group_size, bool symmetric, ScalarType dtype);
+
+}  // namespace kvopt::ops

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/wquant.h"
+
+#include "ops/wquant_common.h"
+
+namespace kvopt::ops {
+namespace {
+
+// Runs `work(row_begin, row_end)` over tiles of rows on torch's threads; ranges start at a multiple of a tile.
+template <typename Work>
+void over_row_tiles(int64_t n, int64_t k, const Work& work) {
+  constexpr int64_t kGrainElements = 1 << 16;
+  const int64_t tiles = ceil_div(n, tile32::kRows);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / (tile32::kRows * k));
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    work(begin * tile32::kRows, std::min(n, end * tile32::kRows));
+  });
+}
+
+}  // namespace
+
+Triple wquant_rtn_cpu(Tensor weight, int64_t bits, int64_t group_size, bool symmetric) {
+  RtnCall c = make_rtn(weight, bits, group_size, symmetric);
+  over_row_tiles(c.params.n, c.params.k,
+                 [&](int64_t begin, int64_t end) { cpu::wquant_rtn(c.params, begin, end); });
+  return {c.codes, c.scale, c.zero};
+}
+
+Pair wquant_pack_cpu(Tensor codes, Tensor scale, Tensor zero, int64_t bits, int64_t group_size,
+                     bool symmetric) {
+  PackCall c = make_pack(codes, scale, zero, bits, group_size, symmetric, kTile32);
+  over_row_tiles(c.params.n, c.params.k,
+                 [&](int64_t begin, int64_t end) { cpu::wquant_pack(c.params, begin, end); });
+  return {c.packed, c.meta};
+}
+
+Triple wquant_unpack_cpu(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
+                         int64_t group_size, bool symmetric) {
+  PackCall c = make_unpack(packed, meta, n, k, bits, group_size, symmetric, kTile32);
+  over_row_tiles(n, k, [&](int64_t begin, int64_t end) { cpu::wquant_unpack(c.params, begin, end); });
+  return {c.codes, c.scale, c.zero};
+}
+
+Tensor wquant_dequantize_cpu(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
+                             int64_t group_size, bool symmetric, ScalarType dtype) {
+  DequantizeCall c = make_dequantize(packed, meta, n, k, bits, group_size, symmetric, dtype, kTile32);
+  over_row_tiles(n, k,
+                 [&](int64_t begin, int64_t end) { cpu::wquant_dequantize(c.params, begin, end); });
+  return c.weight;
+}
+
+}  // namespace kvopt::ops

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// The part of the wquant operators that does not depend on the device: validate, allocate, describe to the kernel.
+// `layout` is tile32 or mma16 of quant_format.h, given as its two size functions.
+#pragma once
+
+#include "ops/ops.h"
+
+namespace kvopt::ops {
+
+struct Layout {
+  int64_t (*packed_bytes)(const QuantFormat&, int64_t n, int64_t k);
+  int64_t (*meta_count)(const QuantFormat&, int64_t n, int64_t k);
+};
+
+inline constexpr Layout kTile32 = {tile32::packed_bytes, tile32::meta_count};
+inline constexpr Layout kMma16 = {mma16::packed_bytes, mma16::meta_count};
+
+struct RtnCall {
+  Tensor weight, codes, scale, zero;
+  RtnParams params;
+};
+
+inline RtnCall make_rtn(const Tensor& weight_in, int64_t bits, int64_t group_size, bool symmetric) {
+  const char* op = "wquant_rtn";
+  STD_TORCH_CHECK(weight_in.dim() == 2, op, ": weight must be 2-dimensional (N, K), got ",
+                  weight_in.dim(), " dimensions");
+  const int64_t n = weight_in.size(0), k = weight_in.size(1);
+  const QuantFormat format = check_format(bits, group_size, symmetric, n, k, op);
+  const DType dtype = kernel_dtype(weight_in.scalar_type(), op, "weight");
+  Tensor weight = torch::stable::contiguous(weight_in);
+  const int64_t groups = group_count(format, k);
+  Tensor codes = torch::stable::new_empty(weight, {n, k}, ScalarType::Byte);
+  Tensor scale = torch::stable::new_empty(weight, {n, groups}, ScalarType::Half);
+  Tensor zero = torch::stable::new_empty(weight, {n, groups}, ScalarType::Half);
+  RtnParams p{n,
+              k,
+              dtype,
+              format,
+              weight.const_data_ptr(),
+              static_cast<uint8_t*>(codes.mutable_data_ptr()),
+              static_cast<uint16_t*>(scale.mutable_data_ptr()),
+              static_cast<uint16_t*>(zero.mutable_data_ptr())};
+  return {weight, codes, scale, zero, p};
+}
+
+struct PackCall {
+  Tensor codes, scale, zero, packed, meta;
+  PackParams params;
+};
+
+inline PackParams pack_params(const PackCall& c, int64_t n, int64_t k, const QuantFormat& format) {
+  return {n,
+          k,
+          format,
+          static_cast<uint8_t*>(c.codes.mutable_data_ptr()),
+          static_cast<uint16_t*>(c.scale.mutable_data_ptr()),
+          static_cast<uint16_t*>(c.zero.mutable_data_ptr()),
+          static_cast<uint8_t*>(c.packed.mutable_data_ptr()),
+          static_cast<uint16_t*>(c.meta.mutable_data_ptr())};
+}
+
+inline PackCall make_pack(const Tensor& codes, const Tensor& scale, const Tensor& zero, int64_t bits,
+                          int64_t group_size, bool symmetric, const Layout& layout) {
+  const char* op = "wquant_pack";
+  STD_TORCH_CHECK(codes.dim() == 2, op, ": codes must be 2-dimensional (N, K), got ", codes.dim(),
+                  " dimensions");
+  const int64_t n = codes.size(0), k = codes.size(1);
+  const QuantFormat format = check_format(bits, group_size, symmetric, n, k, op);
+  const int64_t groups = group_count(format, k);
+  check_type(codes, ScalarType::Byte, "uint8", op, "codes");
+  check_type(scale, ScalarType::Half, "float16", op, "scale");
+  check_type(zero, ScalarType::Half, "float16", op, "zero");
+  check_shape(scale, {n, groups}, op, "scale");
+  check_shape(zero, {n, groups}, op, "zero");
+  check_same_device(scale, codes, op, "scale");
+  check_same_device(zero, codes, op, "zero");
+  Tensor packed = torch::stable::new_empty(codes, {layout.packed_bytes(format, n, k)}, ScalarType::Byte);
+  Tensor meta = torch::stable::new_empty(codes, {layout.meta_count(format, n, k)}, ScalarType::Short);
+  PackCall c{codes, scale, zero, packed, meta, {}};
+  c.params = pack_params(c, n, k, format);
+  return c;
+}
+
+inline QuantFormat check_packed(const Tensor& packed, const Tensor& meta, int64_t n, int64_t k,
+                                int64_t bits, int64_t group_size, bool symmetric, const Layout& layout,
+                                const char* op) {
+  const QuantFormat format = check_format(bits, group_size, symmetric, n, k, op);
+  check_type(packed, ScalarType::Byte, "uint8", op, "packed");
+  check_type(meta, ScalarType::Short, "int16 (fp16 bit patterns)", op, "meta");
+  check_shape(packed, {layout.packed_bytes(format, n, k)}, op, "packed");
+  check_shape(meta, {layout.meta_count(format, n, k)}, op, "meta");
+  check_same_device(meta, packed, op, "meta");
+  return format;
+}
+
+inline PackCall make_unpack(const Tensor& packed, const Tensor& meta, int64_t n, int64_t k, int64_t bits,
+                            int64_t group_size, bool symmetric, const Layout& layout) {
+  const QuantFormat format =
+      check_packed(packed, meta, n, k, bits, group_size, symmetric, layout, "wquant_unpack");
+  const int64_t groups = group_count(format, k);
+  Tensor codes = torch::stable::new_empty(packed, {n, k}, ScalarType::Byte);
+  Tensor scale = torch::stable::new_empty(packed, {n, groups}, ScalarType::Half);
+  Tensor zero = torch::stable::new_empty(packed, {n, groups}, ScalarType::Half);
+  PackCall c{codes, scale, zero, packed, meta, {}};
+  c.params = pack_params(c, n, k, format);
+  return c;
+}
+
+struct DequantizeCall {
+  Tensor weight;
+  DequantizeParams params;
+};
+
+inline DequantizeCall make_dequantize(const Tensor& packed, const Tensor& meta, int64_t n, int64_t k,
+                                      int64_t bits, int64_t group_size, bool symmetric,
+                                      ScalarType dtype, const Layout& layout) {
+  const char* op = "wquant_dequantize";
+  const QuantFormat format = check_packed(packed, meta, n, k, bits, group_size, symmetric, layout, op);
+  const DType kernel_type = kernel_dtype(dtype, op, "dtype");
+  Tensor weight = torch::stable::new_empty(packed, {n, k}, dtype);
+  return {weight,
+          {n, k, kernel_type, format, static_cast<const uint8_t*>(packed.const_data_ptr()),
+           static_cast<const uint16_t*>(meta.const_data_ptr()), weight.mutable_data_ptr()}};
+}
+
+}  // namespace kvopt::ops

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the compiled operators, gives them fake implementations and gradients, and says once what is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import platform
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvopt import reference
+from kvopt._version import __version__
+
+_ops_module: Any = None
+_ops_error: str | None = None
+_host_module: Any = None
+_host_error: str | None = None
+
+try:
+    _ops_module = importlib.import_module("kvopt._ops")  # registers torch.ops.kvopt.*
+except ImportError as error:
+    _ops_error = f"kvopt's compiled operators could not be loaded: {error}"
+
+try:
+    _host_module = importlib.import_module("kvopt._host")
+except ImportError as error:
+    _host_error = f"kvopt's host module could not be loaded: {error}"
+
+
+class FallbackWarning(UserWarning):
+    """A slow reference implementation runs because no compiled kernel exists here."""
+
+
+def missing_kernel_reason(device_type: str) -> str | None:
+    """Why there is no compiled kernel for this device, or ``None`` where there is one."""
+    if _ops_module is None:
+        return _ops_error
+    if device_type == "cpu":
+        return None
+    if device_type == "cuda":
+        return None if _ops_module.cuda_archs else f"kvopt has no CUDA kernels: {_ops_module.cuda_reason}"
+    return f"kvopt has no kernels for device {device_type!r}"
+
+
+def announce_fallback(device_type: str) -> None:
+    """Says once per device that the reference implementation runs instead of a kernel.
+
+    Raises:
+        RuntimeError: ``KVOPT_FALLBACK=error``.
+    """
+    reason = missing_kernel_reason(device_type)
+    if os.environ.get("KVOPT_FALLBACK", "warn") == "error":
+        raise RuntimeError(f"{reason}; KVOPT_FALLBACK=error forbids the reference implementation")
+    if device_type not in _announced:
+        _announced.add(device_type)
+        warnings.warn(
+            f"{reason}; the slow reference implementation is used instead", FallbackWarning, stacklevel=3
+        )
+
+
+# Device types with compiled kernels: a plain set, so that a compiled graph can read it as a constant.
+compiled = frozenset(device for device in ("cpu", "cuda") if missing_kernel_reason(device) is None)
+_announced: set[str] = set()
+
+
+def build_info() -> dict[str, Any]:
+    """Versions, what was compiled and for which hardware, and what is missing here and why.
+
+    Keys: ``kvopt``, ``python``, ``torch``, ``torch_cuda``, ``ops`` (bool), ``cuda_archs`` (list), ``isa_compiled``,
+    ``isa_best``, ``isa_selected``, ``compiler`` and ``missing`` (list of sentences).
+    """
+    info: dict[str, Any] = {
+        "kvopt": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "ops": _ops_module is not None,
+        "cuda_archs": _ops_module.cuda_archs.split() if _ops_module is not None else [],
+        "isa_compiled": [],
+        "isa_best": None,
+        "isa_selected": None,
+        "compiler": None,
+    }
+    missing = [error for error in (_ops_error, _host_error) if error]
+    if _host_module is not None:
+        try:
+            info.update(_host_module.build_info())
+        except RuntimeError as error:
+            missing.append(str(error))
+    if _ops_module is not None and not _ops_module.cuda_archs:
+        missing.append(f"no CUDA kernels: {_ops_module.cuda_reason}")
+    if not torch.cuda.is_available():
+        missing.append("torch sees no GPU")
+    info["missing"] = missing
+    return info
+
+
+def _register() -> None:
+    fake: Callable[[str], Callable[[Any], Any]] = torch.library.register_fake
+
+    @fake("kvopt::qlinear")
+    def _(
+        x: Tensor,
+        packed: Tensor,
+        meta: Tensor,
+        bias: Tensor | None,
+        n: int,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+    ) -> Tensor:
+        return x.new_empty((*x.shape[:-1], n))
+
+    @fake("kvopt::wquant_rtn")
+    def _(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+        n, k = weight.shape
+        groups = reference.group_count(k, group_size)
+        half = functools.partial(weight.new_empty, (n, groups), dtype=torch.float16)
+        return weight.new_empty((n, k), dtype=torch.uint8), half(), half()
+
+    @fake("kvopt::wquant_pack")
+    def _(
+        codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, symmetric: bool
+    ) -> tuple[Tensor, Tensor]:
+        n, k = codes.shape
+        layout = reference.layout_of(codes.device)
+        size = reference.packed_bytes(n, k, bits, layout)
+        count = reference.meta_count(n, reference.group_count(k, group_size), symmetric, layout)
+        return codes.new_empty(size), codes.new_empty(count, dtype=torch.int16)
+
+    @fake("kvopt::wquant_unpack")
+    def _(
+        packed: Tensor, meta: Tensor, n: int, k: int, bits: int, group_size: int, symmetric: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        half = functools.partial(
+            packed.new_empty, (n, reference.group_count(k, group_size)), dtype=torch.float16
+        )
+        return packed.new_empty((n, k)), half(), half()
+
+    @fake("kvopt::wquant_dequantize")
+    def _(
+        packed: Tensor,
+        meta: Tensor,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return packed.new_empty((n, k), dtype=dtype)
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, packed, meta, bias, *ctx.format = inputs
+        ctx.save_for_backward(packed, meta)
+        ctx.k, ctx.dtype, ctx.has_bias = x.shape[-1], x.dtype, bias is not None
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        packed, meta = ctx.saved_tensors
+        n, bits, group_size, symmetric = ctx.format
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            dequantize = torch.ops.kvopt.wquant_dequantize
+            weight = dequantize(packed, meta, n, ctx.k, bits, group_size, symmetric, ctx.dtype)
+            grad_x = grad @ weight
+        if ctx.has_bias and ctx.needs_input_grad[3]:
+            grad_bias = grad.reshape(-1, n).sum(dim=0)
+        return grad_x, None, None, grad_bias, None, None, None, None
+
+    torch.library.register_autograd("kvopt::qlinear", backward, setup_context=remember)
+
+
+if _ops_module is not None:
+    _register()

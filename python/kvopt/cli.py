@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``kvopt run | eval | generate | doctor``.
+
+Exit codes: 0 done, 1 it ran and something failed, 2 bad usage or input. Results go to stdout, everything else to stderr.
+Heavy imports wait until a command needs them: ``kvopt --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from kvopt._version import __version__
+
+DONE, FAILED, BAD_INPUT = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; usage errors leave through ``SystemExit(2)``, as argparse does."""
+    arguments = parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except KeyboardInterrupt:
+        return _complain("interrupted", FAILED)
+    except BrokenPipeError:  # the reader of our stdout went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if arguments.debug:
+            raise
+        return _complain(_one_line(error), _code_of(error))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole grammar of the command line."""
+    top = argparse.ArgumentParser(
+        prog="kvopt",
+        description="Quantise a Hugging Face language model, compress its KV cache, and measure what it costs and buys.",
+    )
+    top.add_argument("--version", action="version", version=f"kvopt {__version__}")
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    run = _command(commands, "run", _run, "quantise, evaluate, benchmark; write table, JSON, CSV and figure")
+    run.add_argument("--model", default="llama-6m", help="embedded name, folder or hub id (default %(default)s)")
+    run.add_argument("--experiments", nargs="+", metavar="NAME", help="default: fp32 bf16 int8 int4_g128")
+    run.add_argument("--recipe", nargs="+", metavar="R", help="further recipes, for instance int4_g32")
+    run.add_argument("--cache", nargs="+", metavar="C", help="caches beside full (default sink_b256_s4)")
+    run.add_argument("--limit", type=_count, metavar="N", help="at most N text windows and N recall stories; 0 for none")
+    run.add_argument("--out", default="results", metavar="DIR", help="where files go (default %(default)s)")
+    run.add_argument("--quick", action="store_true", help="fewer texts and rounds: about two minutes on two cores")
+    run.add_argument("--no-speed-model", action="store_true", help="leave out the 350 M random model, timed for speed")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default %(default)s)")
+    run.add_argument("--seed", type=int, default=0)
+
+    measure = _command(commands, "eval", _eval, "perplexity or recall of one model on a file")
+    measure.add_argument("task", choices=("perplexity", "recall"))
+    measure.add_argument("file", nargs="?", help="UTF-8 text, or recall stories as JSON lines (default: the embedded one)")
+    measure.add_argument("--window", type=_positive, default=1024, help="tokens per window (default %(default)s)")
+    measure.add_argument(
+        "--prefill", type=_positive, help="unscored context per window (default 1; half a window with --cache)"
+    )
+    measure.add_argument("--limit", type=_positive, metavar="N", help="at most N windows or stories")
+    measure.add_argument("--history", action="store_true", help="recall: a story's questions as one dialogue")
+    _model_options(measure)
+
+    generate = _command(commands, "generate", _generate, "continue a prompt")
+    generate.add_argument("model", help="embedded name, folder or hub id")
+    generate.add_argument("prompt")
+    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    _model_options(generate, model=False)
+
+    _command(commands, "doctor", _doctor, "versions, devices, kernels, and what is missing; exit 1 if run can't work")
+    return top
+
+
+def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    """A sub-command with the options that all have."""
+    made: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    made.set_defaults(command=function)
+    made.add_argument("--json", action="store_true", help="machine-readable on stdout, all else on stderr")
+    made.add_argument("--quiet", action="store_true", help="no progress")
+    made.add_argument("--debug", action="store_true", help="errors with their traceback")
+    return made
+
+
+def _model_options(command: argparse.ArgumentParser, model: bool = True) -> None:
+    if model:
+        command.add_argument("--model", default="llama-6m", help="embedded name, folder or hub id (default %(default)s)")
+    command.add_argument("--recipe", metavar="R", help="weights, for instance int4_g128 (default: as they are)")
+    command.add_argument("--cache", metavar="C", help="KV cache, for instance sink_b256_s4 (default: transformers' own)")
+    command.add_argument("--device", default="auto")
+    command.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16 (default %(default)s)")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from kvopt.experiments.plan import make_plan
+
+    with _input():
+        plan = make_plan(
+            model=arguments.model,
+            experiments=arguments.experiments or (),
+            recipes=arguments.recipe or (),
+            caches=arguments.cache,
+            limit=arguments.limit,
+            quick=arguments.quick,
+            speed=not arguments.no_speed_model,
+            device=arguments.device,
+            seed=arguments.seed,
+        )
+        from kvopt.experiments.results import require_writable
+
+        out = require_writable(arguments.out)
+    _hush()
+    from kvopt.experiments.report import write_report
+    from kvopt.experiments.runner import run
+    from kvopt.experiments.table import print_table
+
+    outcome = run(
+        plan.experiments, plan.caches, speed=plan.speed, quiet=arguments.quiet, debug=arguments.debug
+    )
+    # What was measured is shown before it is written: a full disk must not cost it.
+    if arguments.json:
+        print(outcome.results.to_json(), end="", flush=True)
+    else:
+        print_table(outcome.results.records)
+    try:
+        paths = write_report(outcome.results, out)
+    except OSError as error:
+        return _complain(f"results could not be written: {_one_line(error)}", FAILED)
+    if not arguments.quiet:
+        print("wrote " + ", ".join(map(str, paths)), file=sys.stderr)
+    for failure in outcome.failures:
+        _complain(failure, FAILED)
+    return FAILED if outcome.failures else DONE
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from kvopt.experiments.progress import Steps
+
+    _hush()
+    import dataclasses
+
+    import kvopt
+    from kvopt import assets
+    from kvopt.eval import perplexity, read_documents, read_recall, recall, windows_of
+
+    steps = Steps(1, arguments.quiet)
+    result: Any
+    with _input():
+        scores_text = arguments.task == "perplexity"
+        file = arguments.file or assets.path("wiki-heldout.txt" if scores_text else "recall.jsonl")
+        texts = read_documents(file) if scores_text else read_recall(file, arguments.limit)
+        model, tokenizer = _load(arguments)
+        cache = None if arguments.cache is None else str(kvopt.CacheSpec.parse(arguments.cache))
+    with steps.step(f"{arguments.task} of {arguments.model} on {file}") as on:
+        if scores_text:
+            with _input():
+                windows = windows_of(texts, tokenizer, arguments.window, arguments.limit)
+            prefill = arguments.prefill or (1 if cache is None else max(1, arguments.window // 2))
+            result = perplexity(model, windows, cache=cache, prefill=prefill, progress=on)
+        else:
+            result = recall(model, tokenizer, texts, cache=cache, history=arguments.history, progress=on)
+    if arguments.json:
+        row = {"model": arguments.model, "recipe": arguments.recipe, "file": str(file), **dataclasses.asdict(result)}
+        print(json.dumps({**row, "note": result.note}, allow_nan=False))
+    else:
+        value, scale = (result.perplexity, 1) if scores_text else (result.recall, 100)
+        error = "" if result.stderr is None else f" ± {scale * result.stderr:.3f}"
+        print(f"{arguments.task} {scale * value:.3f}{error}{'' if scores_text else ' %'}")
+        print(result.note, file=sys.stderr)
+    return DONE
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    _hush()
+    import kvopt
+
+    with _input():
+        model, tokenizer = _load(arguments)
+        cache = None if arguments.cache is None else kvopt.Cache(model, arguments.cache)
+    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    if not inputs["input_ids"].shape[1]:
+        return _complain("prompt: it has no tokens", BAD_INPUT)
+    extra = {} if cache is None else {"past_key_values": cache}
+    out = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False, **extra)
+    new = out[0, inputs["input_ids"].shape[1] :]
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    if arguments.json:
+        held = None if cache is None else cache.nbytes()
+        row = {"model": arguments.model, "recipe": arguments.recipe, "cache": arguments.cache}
+        row |= {"prompt": arguments.prompt, "text": text, "new_tokens": len(new), "cache_bytes": held}
+        print(json.dumps(row, ensure_ascii=False))
+    else:
+        print(arguments.prompt + text)
+    return DONE
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from kvopt.doctor import diagnose, print_diagnosis
+
+    diagnosis = diagnose()
+    if arguments.json:
+        print(json.dumps(diagnosis.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        print_diagnosis(diagnosis)
+    return DONE if diagnosis.can_run else FAILED
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    import kvopt
+
+    recipe = arguments.recipe
+    return kvopt.load(
+        arguments.model, recipe=recipe, device=arguments.device, dtype=arguments.dtype, progress=not arguments.quiet
+    )
+
+
+class _BadInput(Exception):
+    """Wraps an error that the user's input caused."""
+
+
+class _input:  # noqa: N801
+    """What fails inside is the fault of the input: exit code 2."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ValueError | OSError | KeyError | RuntimeError | AssertionError):
+            raise _BadInput(_one_line(error)) from error
+
+
+def _code_of(error: Exception) -> int:
+    if isinstance(error, _BadInput):
+        return BAD_INPUT
+    if "kvopt.experiments.loading" in sys.modules:
+        from kvopt.experiments.loading import InputError
+
+        if isinstance(error, InputError):
+            return BAD_INPUT
+    return FAILED
+
+
+def _complain(text: str, code: int) -> int:
+    print(f"kvopt: {text}", file=sys.stderr)
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _hush() -> None:
+    """transformers' own bars and advice stay away from our output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
