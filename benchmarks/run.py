@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 from kvopt import _library
-from kvopt.experiments.machine import machine_stamp
+from kvopt.experiments import machine
 
 CASES = ("qlinear", "decode")
 
@@ -51,7 +51,7 @@ def main() -> int:
     out = args.out or Path(__file__).parent / "results" / f"{args.case}_{args.device}.json"
     settings = {k: v for k, v in vars(args).items() if k != "out"}
     record = {
-        "machine": machine_stamp(),
+        "machine": machine.stamp().to_dict(),
         "settings": settings,
         "threads": torch.get_num_threads(),
         "read_gb_per_s": rates,

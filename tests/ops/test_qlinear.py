@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,16 +174,16 @@ def test_errors_name_the_argument(device):
     x = torch.randn(2, 96, device=device)
     rest = (weight.packed, weight.meta, None, 24, 4, 32, False)
     with pytest.raises(RuntimeError, match="packed must have shape"):
-        call(torch.randn(2, 95, device=device), weight.packed, weight.meta, None, 24, 4, 95, False)
+        call(torch.randn(2, 80, device=device), weight.packed, weight.meta, None, 24, 4, 32, False)
     with pytest.raises(RuntimeError, match="x must be float32, float16 or bfloat16"):
         call(x.double(), *rest)
     with pytest.raises(RuntimeError, match="bias must have shape"):
         call(x, weight.packed, weight.meta, torch.zeros(23, device=device), 24, 4, 32, False)
     with pytest.raises(RuntimeError, match="meta must be int16"):
         call(x, weight.packed, weight.meta.int(), None, 24, 4, 32, False)
-    with pytest.raises(RuntimeError) as info:
+    with pytest.raises(RuntimeError, match="packed must have shape") as info:
         call(x, weight.packed[:-1], weight.meta, None, 24, 4, 32, False)
-    assert "/" not in str(info.value).replace("kvopt/ops", "").split("\n")[0] or "kvopt" in str(info.value)
+    assert str(Path.cwd()) not in str(info.value)  # no path of the machine that built it
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

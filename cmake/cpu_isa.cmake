@@ -1,0 +1,23 @@
+# One file per instruction set, each with its own flags; nothing is compiled library-wide for more than the baseline.
+
+function(kvopt_add_cpu_kernels target)
+  set(avx2 -mavx2 -mfma -mf16c)
+  set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
+  set(vnni ${avx512} -mavx512vnni)
+  set(folder "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu")
+  add_library(${target} STATIC
+    ${folder}/isa.cpp
+    ${folder}/qlinear.cpp
+    ${folder}/wquant.cpp
+    ${folder}/qlinear_scalar.cpp
+    ${folder}/qlinear_avx2.cpp
+    ${folder}/qlinear_avx512.cpp
+    ${folder}/qlinear_vnni.cpp)
+  target_include_directories(${target} PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
+  foreach(isa avx2 avx512 vnni)
+    set_source_files_properties(${folder}/qlinear_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${${isa}}")
+  endforeach()
+  if(NOT KVOPT_SANITIZE)
+    target_compile_options(${target} PRIVATE "$<$<CONFIG:Release>:-O3>")
+  endif()
+endfunction()
