@@ -1,4 +1,5 @@
 # One file per instruction set, each with its own flags; nothing is compiled library-wide for more than the baseline.
+# Processors other than x86-64 get the portable kernels alone (qlinear.cpp asks the same question of the compiler).
 
 function(kvopt_add_cpu_kernels target)
   set(avx2 -mavx2 -mfma -mf16c)
@@ -9,14 +10,14 @@ function(kvopt_add_cpu_kernels target)
     ${folder}/isa.cpp
     ${folder}/qlinear.cpp
     ${folder}/wquant.cpp
-    ${folder}/qlinear_scalar.cpp
-    ${folder}/qlinear_avx2.cpp
-    ${folder}/qlinear_avx512.cpp
-    ${folder}/qlinear_vnni.cpp)
+    ${folder}/qlinear_scalar.cpp)
   target_include_directories(${target} PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
-  foreach(isa avx2 avx512 vnni)
-    set_source_files_properties(${folder}/qlinear_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${${isa}}")
-  endforeach()
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+    foreach(isa avx2 avx512 vnni)
+      target_sources(${target} PRIVATE ${folder}/qlinear_${isa}.cpp)
+      set_source_files_properties(${folder}/qlinear_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${${isa}}")
+    endforeach()
+  endif()
   if(NOT KVOPT_SANITIZE)
     target_compile_options(${target} PRIVATE "$<$<CONFIG:Release>:-O3>")
   endif()

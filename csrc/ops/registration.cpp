@@ -3,7 +3,9 @@
 //
 // Weights (N, K). A format is (bits, group_size, symmetric) as in common/quant_format.h; group_size = K is one group
 // per row. `packed` (uint8) and `meta` (int16, fp16 bit patterns) are in the layout of their device.
-#define Py_LIMITED_API 0x030A0000
+#ifndef Py_LIMITED_API
+#define Py_LIMITED_API 0x030A0000  // Python 3.10
+#endif
 #include <Python.h>
 
 #include "ops/ops.h"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: ``kvopt run | eval | generate | doctor``.
 
-Exit codes: 0 done, 1 it ran and something failed, 2 bad usage or input. Results go to stdout, everything else to stderr.
+Exit codes: 0 done, 1 it ran and something failed, 2 bad usage or input. Results go to stdout, all else to stderr.
 Heavy imports wait until a command needs them: ``kvopt --help`` answers at once.
 """
 
@@ -39,29 +39,43 @@ def parser() -> argparse.ArgumentParser:
     """The whole grammar of the command line."""
     top = argparse.ArgumentParser(
         prog="kvopt",
-        description="Quantise a Hugging Face language model, compress its KV cache, and measure what it costs and buys.",
+        description="Quantise a Hugging Face language model, compress its KV cache, and measure the cost and the gain.",
     )
     top.add_argument("--version", action="version", version=f"kvopt {__version__}")
     commands = top.add_subparsers(required=True, metavar="command")
 
     run = _command(commands, "run", _run, "quantise, evaluate, benchmark; write table, JSON, CSV and figure")
-    run.add_argument("--model", default="llama-6m", help="embedded name, folder or hub id (default %(default)s)")
+    run.add_argument(
+        "--model", default="llama-6m", help="embedded name, folder or hub id (default %(default)s)"
+    )
     run.add_argument("--experiments", nargs="+", metavar="NAME", help="default: fp32 bf16 int8 int4_g128")
     run.add_argument("--recipe", nargs="+", metavar="R", help="further recipes, for instance int4_g32")
     run.add_argument("--cache", nargs="+", metavar="C", help="caches beside full (default sink_b256_s4)")
-    run.add_argument("--limit", type=_count, metavar="N", help="at most N text windows and N recall stories; 0 for none")
+    run.add_argument(
+        "--limit", type=_count, metavar="N", help="at most N text windows and N recall stories; 0: none"
+    )
     run.add_argument("--out", default="results", metavar="DIR", help="where files go (default %(default)s)")
-    run.add_argument("--quick", action="store_true", help="fewer texts and rounds: about two minutes on two cores")
-    run.add_argument("--no-speed-model", action="store_true", help="leave out the 350 M random model, timed for speed")
+    run.add_argument(
+        "--quick", action="store_true", help="fewer texts and rounds: about two minutes on two cores"
+    )
+    run.add_argument(
+        "--no-speed-model", action="store_true", help="leave out the 350 M random model, timed for speed"
+    )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default %(default)s)")
     run.add_argument("--seed", type=int, default=0)
 
     measure = _command(commands, "eval", _eval, "perplexity or recall of one model on a file")
     measure.add_argument("task", choices=("perplexity", "recall"))
-    measure.add_argument("file", nargs="?", help="UTF-8 text, or recall stories as JSON lines (default: the embedded one)")
-    measure.add_argument("--window", type=_positive, default=1024, help="tokens per window (default %(default)s)")
     measure.add_argument(
-        "--prefill", type=_positive, help="unscored context per window (default 1; half a window with --cache)"
+        "file", nargs="?", help="UTF-8 text, or recall stories as JSON lines (default: embedded)"
+    )
+    measure.add_argument(
+        "--window", type=_positive, default=1024, help="tokens per window (default %(default)s)"
+    )
+    measure.add_argument(
+        "--prefill",
+        type=_positive,
+        help="unscored context per window (default 1; half a window with --cache)",
     )
     measure.add_argument("--limit", type=_positive, metavar="N", help="at most N windows or stories")
     measure.add_argument("--history", action="store_true", help="recall: a story's questions as one dialogue")
@@ -73,7 +87,12 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     _model_options(generate, model=False)
 
-    _command(commands, "doctor", _doctor, "versions, devices, kernels, and what is missing; exit 1 if run can't work")
+    _command(
+        commands,
+        "doctor",
+        _doctor,
+        "versions, devices, kernels, and what is missing; exit 1 if run can't work",
+    )
     return top
 
 
@@ -89,9 +108,15 @@ def _command(commands: Any, name: str, function: Any, text: str) -> argparse.Arg
 
 def _model_options(command: argparse.ArgumentParser, model: bool = True) -> None:
     if model:
-        command.add_argument("--model", default="llama-6m", help="embedded name, folder or hub id (default %(default)s)")
-    command.add_argument("--recipe", metavar="R", help="weights, for instance int4_g128 (default: as they are)")
-    command.add_argument("--cache", metavar="C", help="KV cache, for instance sink_b256_s4 (default: transformers' own)")
+        command.add_argument(
+            "--model", default="llama-6m", help="embedded name, folder or hub id (%(default)s)"
+        )
+    command.add_argument(
+        "--recipe", metavar="R", help="weights, for instance int4_g128 (default: as they are)"
+    )
+    command.add_argument(
+        "--cache", metavar="C", help="KV cache, for instance sink_b256_s4 (default: dynamic)"
+    )
     command.add_argument("--device", default="auto")
     command.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16 (default %(default)s)")
 
@@ -133,8 +158,13 @@ def _run(arguments: argparse.Namespace) -> int:
         return _complain(f"results could not be written: {_one_line(error)}", FAILED)
     if not arguments.quiet:
         print("wrote " + ", ".join(map(str, paths)), file=sys.stderr)
-    for failure in outcome.failures:
-        _complain(failure, FAILED)
+    if arguments.quiet:
+        for failure in outcome.failures:
+            _complain(failure, FAILED)
+    elif outcome.failures:
+        _complain(
+            f"{len(outcome.failures)} measurements failed, see above and the notes of the records", FAILED
+        )
     return FAILED if outcome.failures else DONE
 
 
@@ -150,6 +180,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     steps = Steps(1, arguments.quiet)
     result: Any
+    texts: Any
     with _input():
         scores_text = arguments.task == "perplexity"
         file = arguments.file or assets.path("wiki-heldout.txt" if scores_text else "recall.jsonl")
@@ -165,7 +196,12 @@ def _eval(arguments: argparse.Namespace) -> int:
         else:
             result = recall(model, tokenizer, texts, cache=cache, history=arguments.history, progress=on)
     if arguments.json:
-        row = {"model": arguments.model, "recipe": arguments.recipe, "file": str(file), **dataclasses.asdict(result)}
+        row = {
+            "model": arguments.model,
+            "recipe": arguments.recipe,
+            "file": str(file),
+            **dataclasses.asdict(result),
+        }
         print(json.dumps({**row, "note": result.note}, allow_nan=False))
     else:
         value, scale = (result.perplexity, 1) if scores_text else (result.recall, 100)
@@ -215,7 +251,11 @@ def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
     recipe = arguments.recipe
     return kvopt.load(
-        arguments.model, recipe=recipe, device=arguments.device, dtype=arguments.dtype, progress=not arguments.quiet
+        arguments.model,
+        recipe=recipe,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        progress=not arguments.quiet,
     )
 
 
@@ -223,7 +263,7 @@ class _BadInput(Exception):
     """Wraps an error that the user's input caused."""
 
 
-class _input:  # noqa: N801
+class _input:
     """What fails inside is the fault of the input: exit code 2."""
 
     def __enter__(self) -> None:
@@ -258,7 +298,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _hush() -> None:
-    """transformers' own bars and advice stay away from our output."""
+    """Keeps transformers' own bars and advice out of our output."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

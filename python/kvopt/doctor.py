@@ -6,11 +6,18 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import platform
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-REQUIRED = {"torch": "2.11", "transformers": "5.3", "safetensors": "0.4", "numpy": None, "rich": None, "tqdm": None, "matplotlib": None}  # fmt: skip
+REQUIRED: dict[str, str | None] = {
+    "torch": "2.11",
+    "transformers": "5.3",
+    "safetensors": "0.4",
+    "numpy": None,
+    "rich": None,
+    "tqdm": None,
+    "matplotlib": None,
+}
 OPTIONAL = {"pandas": "report.to_frame()"}
 
 
@@ -57,8 +64,6 @@ def diagnose() -> Diagnosis:
     """Looks at versions, devices, kernels and embedded files. Never raises for what it finds missing."""
     found = Diagnosis()
     found.versions["python"] = platform.python_version()
-    if sys.version_info < (3, 10):
-        found.findings.append(Finding("Python is older than 3.10", "install Python 3.10 or newer", True))
     _packages(found)
     if not any(finding.blocks for finding in found.findings):
         _kernels(found)
@@ -102,26 +107,29 @@ def _kernels(found: Diagnosis) -> None:
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         size = properties.total_memory / 2**30
-        found.devices.append(f"cuda:{i}: {properties.name}, sm_{properties.major}{properties.minor}, {size:.0f} GiB")
+        found.devices.append(
+            f"cuda:{i}: {properties.name}, sm_{properties.major}{properties.minor}, {size:.0f} GiB"
+        )
 
     compiled = bool(build["ops"])
-    found.kernels["cpu"] = (
-        f"{build['isa_selected']} (compiled: {_listed(build['isa_compiled'])})" if compiled else "slow reference in torch"
-    )
+    chosen = f"{build['isa_selected']} (compiled: {_listed(build['isa_compiled'])})"
+    found.kernels["cpu"] = chosen if compiled else "slow reference in torch"
     archs = build["cuda_archs"]
     found.kernels["cuda"] = f"compiled for {_listed(archs)}" if archs else "none"
     if not compiled:
-        mend = "install a C++ compiler, then: pip install --force-reinstall --no-deps kvopt (from a clone: pip install .)"
+        mend = "install a C++ compiler, then: pip install --force-reinstall --no-deps kvopt (in a clone: .)"
         found.findings.append(Finding("the compiled operators are missing: kvopt runs, slowly", mend, False))
     elif torch.cuda.is_available() and not archs:
-        mend = "install the CUDA toolkit (nvcc), then in a clone: KVOPT_CUDA=ON pip install --force-reinstall --no-deps ."
+        mend = "install the CUDA toolkit (nvcc), then in a clone: KVOPT_CUDA=ON pip install --no-deps ."
         found.findings.append(Finding("a GPU is there, but kvopt was built without CUDA", mend, False))
     for sentence in build["missing"]:
         if not any(sentence == finding.what for finding in found.findings):
             found.findings.append(Finding(str(sentence), "", False))
     if torch.version.cuda is None and _nvidia_driver():
         mend = "see https://pytorch.org/get-started/locally for the CUDA build of torch"
-        found.findings.append(Finding("an NVIDIA driver is there, but torch was built without CUDA", mend, False))
+        found.findings.append(
+            Finding("an NVIDIA driver is there, but torch was built without CUDA", mend, False)
+        )
 
 
 def _assets(found: Diagnosis) -> None:
@@ -134,7 +142,9 @@ def _assets(found: Diagnosis) -> None:
 
 def print_diagnosis(found: Diagnosis) -> None:
     """Prints a diagnosis for people, on stdout, without needing any package."""
-    print("versions   " + ", ".join(f"{name} {version or '(none)'}" for name, version in found.versions.items()))
+    print(
+        "versions   " + ", ".join(f"{name} {version or '(none)'}" for name, version in found.versions.items())
+    )
     for device in found.devices:
         print(f"device     {device}")
     for device, path in found.kernels.items():
@@ -142,7 +152,11 @@ def print_diagnosis(found: Diagnosis) -> None:
     for finding in found.findings:
         mend = f"\n           → {finding.mend}" if finding.mend else ""
         print(f"{'MISSING ' if finding.blocks else 'note    '}   {finding.what}{mend}")
-    print("kvopt run can work here" if found.can_run else "kvopt run can NOT work here: mend what is MISSING above")
+    print(
+        "kvopt run can work here"
+        if found.can_run
+        else "kvopt run can NOT work here: mend what is MISSING above"
+    )
 
 
 def _version(name: str) -> str | None:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The timings of `test_qlinear_cpu --bench`: each product beside a plain read of buffers of the same size, interleaved;
-// the weights rotate through copies, so that they come from memory. Medians.
+// The timings of `test_qlinear_cpu --bench`: each product beside a plain read of buffers of the
+// same size, interleaved; the weights rotate through copies, so that they come from memory.
+// Medians.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +25,8 @@
 
 namespace kvopt::bench {
 
-// Two threads that spin for work: a product of 60 microseconds would drown in the start of a thread.
+// Two threads that spin for work: a product of 60 microseconds would drown in the start of a
+// thread.
 class Pair {
  public:
   Pair() : helper_([this] { loop(); }) {}
@@ -101,15 +103,20 @@ struct Shape {
   int64_t k, n;
 };
 
-inline void run(const std::vector<cpu::Isa>& isas, int64_t megabytes) {
-  constexpr Shape kShapes[] = {{4096, 28672}, {2048, 2048}, {2048, 16384}, {8192, 2048}, {4096, 4096}};
+// `only_k`, `only_n`: one shape instead of all; 0 for all.
+inline void run(const std::vector<cpu::Isa>& isas, int64_t megabytes, int64_t only_k,
+                int64_t only_n) {
+  constexpr Shape kShapes[] = {
+      {4096, 28672}, {2048, 2048}, {2048, 16384}, {8192, 2048}, {4096, 4096}};
   constexpr int64_t kRowCounts[] = {1, 2, 4, 8, 16, 64, 256};
   Pair pair;
   volatile uint64_t sink = 0;
-  std::printf("GB/s: weight bytes (codes and scales) per second; GOPS: 2 M N K per second; medians\n");
+  std::printf(
+      "GB/s: weight bytes (codes and scales) per second; GOPS: 2 M N K per second; medians\n");
   for (cpu::Isa isa : isas) {
     for (int bits : {4, 8}) {
       for (const Shape& shape : kShapes) {
+        if (only_k != 0 && (only_k != shape.k || only_n != shape.n)) continue;
         const QuantFormat f = {bits, 128, bits == 8};
         const int64_t packed = tile32::packed_bytes(f, shape.n, shape.k);
         const int64_t meta = tile32::meta_count(f, shape.n, shape.k) * 2;
@@ -124,10 +131,12 @@ inline void run(const std::vector<cpu::Isa>& isas, int64_t megabytes) {
           if (rows > 1 && shape.k != 4096 && shape.n != 16384) continue;
           if (rows > 16 && shape.n == 28672) continue;
           if (isa == cpu::Isa::kScalar && rows > 16) continue;
-          std::vector<float> x(static_cast<size_t>(rows * shape.k)), y(static_cast<size_t>(rows * shape.n));
-          for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(static_cast<int>(i * 37 % 101) - 50);
-          QLinearParams p = {rows, shape.n, shape.k, DType::kFloat32, f, x.data(), nullptr,
-                             nullptr, nullptr, y.data(), nullptr};
+          std::vector<float> x(static_cast<size_t>(rows * shape.k)),
+              y(static_cast<size_t>(rows * shape.n));
+          for (size_t i = 0; i < x.size(); ++i)
+            x[i] = static_cast<float>(static_cast<int>(i * 37 % 101) - 50);
+          QLinearParams p = {rows,    shape.n, shape.k, DType::kFloat32, f,      x.data(),
+                             nullptr, nullptr, nullptr, y.data(),        nullptr};
           const int64_t scratch = cpu::qlinear_workspace_bytes(p, isa);
           p.workspace = std::aligned_alloc(64, static_cast<size_t>((scratch + 127) / 64 * 64));
           const cpu::QLinearKernels& kernels = cpu::qlinear_kernels(isa);
@@ -165,7 +174,8 @@ inline void run(const std::vector<cpu::Isa>& isas, int64_t megabytes) {
             }
             const double time = median(product);
             std::printf(
-                "%-6s int%d K=%-5lld N=%-5lld M=%-3lld %dT: %8.3f ms  %5.1f GB/s (plain read %5.1f)  %6.0f GOPS\n",
+                "%-6s int%d K=%-5lld N=%-5lld M=%-3lld %dT: %8.3f ms  %5.1f GB/s (plain read "
+                "%5.1f)  %6.0f GOPS\n",
                 cpu::isa_name(isa), bits, static_cast<long long>(shape.k),
                 static_cast<long long>(shape.n), static_cast<long long>(rows), threads, time * 1e3,
                 static_cast<double>(both) / time * 1e-9,

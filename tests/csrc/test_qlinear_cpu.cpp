@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tests of csrc/cpu (instruction sets, wquant, qlinear) without any framework, and with --bench their speed.
+// Tests of csrc/cpu (instruction sets, wquant, qlinear) without any framework, and with --bench
+// their speed.
 //
-//     test_qlinear_cpu [--seed N] [--isa NAME] [--bench [--isa NAME] [--megabytes N]]
+//     test_qlinear_cpu [--seed N] [--isa NAME] [--bench [--megabytes N] [--shape KxN]]
 //
-// A product is compared with fp64 on the weights that quant_format.h's addresses describe. Two measures of its error:
-// relative to |y|, where there are enough outputs for a norm; else relative to the norm of sqrt(sum (w x)^2), the size
-// that a sum of that many terms has unless they cancel. Buffers have exactly the promised size, for AddressSanitizer.
+// A product is compared with fp64 on the weights that quant_format.h's addresses describe. Two
+// measures of its error: relative to |y|, where there are enough outputs for a norm; else relative
+// to the norm of sqrt(sum (w x)^2), the size that a sum of that many terms has unless they cancel.
+// Buffers have exactly the promised size, for AddressSanitizer.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -51,7 +53,8 @@ const char* dtype_name(DType t) {
   return t == DType::kFloat32 ? "fp32" : t == DType::kFloat16 ? "fp16" : "bf16";
 }
 
-// Memory of exactly `size` bytes, 64-byte aligned, filled with a pattern that is a NaN in every type.
+// Memory of exactly `size` bytes, 64-byte aligned, filled with a pattern that is a NaN in every
+// type.
 struct Buffer {
   explicit Buffer(int64_t size) : bytes(static_cast<size_t>(size)) {
     data = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(64)));
@@ -81,9 +84,13 @@ std::string name_of(const QuantFormat& f) {
 
 // A quantised weight, made through the addresses of quant_format.h, and its exact values.
 struct Weight {
-  Weight(Random& random, QuantFormat format, int64_t n, int64_t k)
-      : f(format), n(n), k(k), packed(tile32::packed_bytes(f, n, k)),
-        meta(tile32::meta_count(f, n, k) * 2), dense(static_cast<size_t>(n * k)) {
+  Weight(Random& random, QuantFormat format, int64_t rows, int64_t columns)
+      : f(format),
+        n(rows),
+        k(columns),
+        packed(tile32::packed_bytes(f, n, k)),
+        meta(tile32::meta_count(f, n, k) * 2),
+        dense(static_cast<size_t>(n * k)) {
     std::memset(packed.data, 0, packed.bytes);
     std::memset(meta.data, 0, meta.bytes);
     uint16_t* m = reinterpret_cast<uint16_t*>(meta.data);
@@ -101,9 +108,8 @@ struct Weight {
         const int code = static_cast<int>(below(random, 1 << f.bits));
         packed.data[at.byte] = static_cast<uint8_t>(packed.data[at.byte] | (code << at.shift));
         const int64_t group = column / f.group_size;
-        const double zero = f.symmetric
-                                ? symmetric_zero(f)
-                                : half_to_float(m[tile32::zero_index(f, k, row, group)]);
+        const double zero = f.symmetric ? symmetric_zero(f)
+                                        : half_to_float(m[tile32::zero_index(f, k, row, group)]);
         dense[static_cast<size_t>(row * k + column)] =
             half_to_float(m[tile32::scale_index(f, k, row, group)]) * (code - zero);
       }
@@ -116,8 +122,12 @@ struct Weight {
 };
 
 struct Problem {
-  Problem(const Weight& weight, int64_t m, DType type, bool with_bias)
-      : w(weight), m(m), type(type), x(m * w.k * dtype_bytes(type)), bias(w.n * dtype_bytes(type)),
+  Problem(const Weight& weight, int64_t rows, DType dtype, bool with_bias)
+      : w(weight),
+        m(rows),
+        type(dtype),
+        x(m * w.k * dtype_bytes(type)),
+        bias(w.n * dtype_bytes(type)),
         has_bias(with_bias) {}
 
   void fill_normal(Random& random) {
@@ -125,13 +135,22 @@ struct Problem {
     for (int64_t i = 0; i < w.n; ++i) set_value(type, bias.data, i, normal(random));
   }
 
-  // The whole product by the given kernels; `pieces` splits rows and tiles one by one and runs them backwards.
+  // The whole product by the given kernels; `pieces` splits rows and tiles one by one and runs them
+  // backwards.
   std::vector<uint8_t> run(Isa isa, bool pieces = false) const {
     const int64_t y_bytes = m * w.n * dtype_bytes(type);
     Buffer y(y_bytes);
-    QLinearParams p = {m, w.n, w.k, type, w.f, x.data, w.packed.data,
+    QLinearParams p = {m,
+                       w.n,
+                       w.k,
+                       type,
+                       w.f,
+                       x.data,
+                       w.packed.data,
                        reinterpret_cast<const uint16_t*>(w.meta.data),
-                       has_bias ? bias.data : nullptr, y.data, nullptr};
+                       has_bias ? bias.data : nullptr,
+                       y.data,
+                       nullptr};
     Buffer workspace(qlinear_workspace_bytes(p, isa));
     if (workspace.bytes != 0) p.workspace = workspace.data;
     const QLinearKernels& kernels = qlinear_kernels(isa);
@@ -204,15 +223,16 @@ void check_product(const Problem& problem, Isa isa) {
   const Problem::Errors e = problem.errors(y);
   const bool many = problem.m * problem.w.n >= 200 && problem.w.k >= 16;
   const double error = many ? e.of_result : e.of_terms;
-  const double allowed = 1e-4 + (problem.type == DType::kFloat32 ? 0.0
-                                 : many                          ? 1.02 * e.rounding
+  const double allowed = 1e-4 + (problem.type == DType::kFloat32   ? 0.0
+                                 : many                            ? 1.02 * e.rounding
                                  : problem.type == DType::kFloat16 ? 0x1p-10
                                                                    : 0x1p-7);
   check(e.finite && error <= allowed,
         "error " + std::to_string(error * 1e6) + "e-6: " + problem.name(isa));
 }
 
-constexpr int64_t kSomeM[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 31, 100};
+constexpr int64_t kSomeM[] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,
+                              10, 11, 12, 13, 14, 15, 16, 17, 31, 100};
 
 void test_products(Random& random, Isa isa) {
   size_t turn = 0;
@@ -244,7 +264,8 @@ void test_products(Random& random, Isa isa) {
   }
 }
 
-// One value of every activation block dominates the others; and what the error is then, and without it.
+// One value of every activation block dominates the others; and what the error is then, and without
+// it.
 void test_precision(Random& random, Isa isa) {
   for (int bits : {4, 8}) {
     for (int group : {16, 32, 48, 128, 1024}) {
@@ -252,8 +273,8 @@ void test_precision(Random& random, Isa isa) {
       const char* kinds[3] = {"normal", "outlier in each group", "outlier in each 16 columns"};
       for (int kind = 0; kind < 3; ++kind) {
         for (bool symmetric : {true, false}) {
-          for (int64_t m : {1, 3, 13}) {
-            const Weight weight(random, {bits, group, symmetric}, 96, 1024);
+          for (int64_t m : {1, 3, 13}) {  // enough outputs for a steady norm
+            const Weight weight(random, {bits, group, symmetric}, 288, 1024);
             Problem problem(weight, m, DType::kFloat32, false);
             problem.fill_normal(random);
             const int64_t every = kind == 1 ? group : 16;
@@ -266,13 +287,15 @@ void test_precision(Random& random, Isa isa) {
         }
         check(worst[kind] <= 1e-4, std::string("precision, ") + kinds[kind]);
       }
-      std::printf("  %-6s int%d g%-4d error: normal %.1e, an outlier in each group %.1e, each 16 %.1e\n",
-                  isa_name(isa), bits, group, worst[0], worst[1], worst[2]);
+      std::printf(
+          "  %-6s int%d g%-4d error: normal %.1e, an outlier in each group %.1e, each 16 %.1e\n",
+          isa_name(isa), bits, group, worst[0], worst[1], worst[2]);
     }
   }
 }
 
-// A row of y depends on its row of x alone, not on M; and the vector kernels agree with each other bit for bit.
+// A row of y depends on its row of x alone, not on M; and the vector kernels agree with each other
+// bit for bit.
 void test_rows_are_independent(Random& random, Isa isa) {
   for (int bits : {4, 8}) {
     for (bool symmetric : {true, false}) {
@@ -287,7 +310,8 @@ void test_rows_are_independent(Random& random, Isa isa) {
         for (int64_t row = 0; row < m; ++row) {
           std::memcpy(one.x.data, all.x.data + row * weight.k * 4, one.x.bytes);
           const std::vector<uint8_t> alone = one.run(isa);
-          same = same && std::memcmp(alone.data(), y.data() + row * weight.n * 4, alone.size()) == 0;
+          same =
+              same && std::memcmp(alone.data(), y.data() + row * weight.n * 4, alone.size()) == 0;
         }
         check(same, "a row alone equals itself among others: " + all.name(isa));
         if (isa > Isa::kAvx2) check(y == all.run(Isa::kAvx2), "equal to avx2: " + all.name(isa));
@@ -369,7 +393,8 @@ void test_not_finite(Random& random, Isa isa) {
   }
 }
 
-// ---- wquant ------------------------------------------------------------------------------------------------------
+// ---- wquant
+// ------------------------------------------------------------------------------------------------------
 
 // The nearest fp16 value, ties to even, without bit arithmetic.
 double nearest_half(double value) {
@@ -393,8 +418,8 @@ void test_conversions() {
       if (mantissa == 0) halves = halves && float_to_half(value) == bits;
       continue;
     }
-    const double want = exponent == 0 ? std::ldexp(mantissa, -24)
-                                      : std::ldexp(1024 + mantissa, exponent - 25);
+    const double want =
+        exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
     halves = halves && value == (h >= 32768 ? -want : want) && float_to_half(value) == bits;
     if ((h & 0x7fff) == 0x7bff) continue;
     // Halfway to the next value away from zero, and one fp32 step to either side.
@@ -409,13 +434,13 @@ void test_conversions() {
   for (uint32_t b = 0; b < 0x7f80; ++b) {
     const float low = bfloat16_to_float(static_cast<uint16_t>(b));
     const float middle = float_from_bits((b << 16) | 0x8000u);
-    bfloats = bfloats && float_to_bfloat16(low) == b &&
-              float_to_bfloat16(middle) == b + (b & 1) &&
+    bfloats = bfloats && float_to_bfloat16(low) == b && float_to_bfloat16(middle) == b + (b & 1) &&
               float_to_bfloat16(-middle) == (0x8000 | (b + (b & 1))) &&
               float_to_bfloat16(float_from_bits(float_bits(middle) + 1)) == b + 1 &&
               float_to_bfloat16(float_from_bits(float_bits(middle) - 1)) == b;
   }
-  bfloats = bfloats && std::isnan(bfloat16_to_float(float_to_bfloat16(float_from_bits(0x7f800001u))));
+  bfloats =
+      bfloats && std::isnan(bfloat16_to_float(float_to_bfloat16(float_from_bits(0x7f800001u))));
   check(halves, "fp16 round trip");
   check(ties, "fp32 to fp16 rounding");
   check(bfloats, "bf16 rounding");
@@ -444,14 +469,16 @@ void rtn_of_group(const QuantFormat& f, const std::vector<float>& w, std::vector
 }
 
 void test_wquant_case(Random& random, const QuantFormat& f, int64_t n, int64_t k, DType type) {
-  const std::string name = name_of(f) + " N=" + std::to_string(n) + " K=" + std::to_string(k) +
-                           " " + dtype_name(type);
+  const std::string name =
+      name_of(f) + " N=" + std::to_string(n) + " K=" + std::to_string(k) + " " + dtype_name(type);
   const int64_t groups = group_count(f, k);
-  Buffer weight(n * k * dtype_bytes(type)), codes(n * k), scale(n * groups * 2), zero(n * groups * 2);
+  Buffer weight(n * k * dtype_bytes(type)), codes(n * k), scale(n * groups * 2),
+      zero(n * groups * 2);
   const float size = std::ldexp(1.0f, static_cast<int>(below(random, 30)) - 24);
   for (int64_t i = 0; i < n * k; ++i) {
-    const float positive = i / k % 3 == 1 ? 3.0f : 0.0f;  // some rows have no zero inside their range
-    const bool nothing = i / k % 7 == 6;                  // some rows are all zero
+    const float positive =
+        i / k % 3 == 1 ? 3.0f : 0.0f;     // some rows have no zero inside their range
+    const bool nothing = i / k % 7 == 6;  // some rows are all zero
     set_value(type, weight.data, i, nothing ? 0.0f : size * (normal(random) + positive));
   }
   uint16_t* scales = reinterpret_cast<uint16_t*>(scale.data);
@@ -483,7 +510,8 @@ void test_wquant_case(Random& random, const QuantFormat& f, int64_t n, int64_t k
     for (int64_t i = 0; i < n * groups; ++i) zeros[i] = float_to_half(normal(random) + 7.0f);
   }
   for (int64_t row = 0; row < n; row += 32) {
-    wquant_pack({n, k, f, codes.data, scales, zeros, packed.data, metas}, row, std::min(row + 32, n));
+    wquant_pack({n, k, f, codes.data, scales, zeros, packed.data, metas}, row,
+                std::min(row + 32, n));
   }
   Buffer wanted(static_cast<int64_t>(packed.bytes)), wanted_meta(static_cast<int64_t>(meta.bytes));
   std::memset(wanted.data, 0, wanted.bytes);
@@ -541,6 +569,7 @@ int main(int count, char** arguments) {
   std::string only;
   bool bench = false;
   int64_t megabytes = 1024;
+  long long only_k = 0, only_n = 0;
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];
     const char* value = i + 1 < count ? arguments[i + 1] : "";
@@ -550,6 +579,8 @@ int main(int count, char** arguments) {
       seed = std::strtoull(value, nullptr, 10), ++i;
     } else if (argument == "--isa") {
       only = value, ++i;
+    } else if (argument == "--shape" && std::sscanf(value, "%lldx%lld", &only_k, &only_n) == 2) {
+      ++i;
     } else if (argument == "--megabytes") {
       megabytes = std::strtoll(value, nullptr, 10), ++i;
     } else {
@@ -567,7 +598,8 @@ int main(int count, char** arguments) {
     return 2;
   }
   if (bench) {
-    kvopt::bench::run(only.empty() ? std::vector<Isa>{best_isa()} : isas, megabytes);
+    kvopt::bench::run(only.empty() ? std::vector<Isa>{best_isa()} : isas, megabytes, only_k,
+                      only_n);
     return 0;
   }
   std::printf("test_qlinear_cpu: seed %llu, best instruction set %s\n",

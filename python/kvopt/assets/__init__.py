@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 MODELS = ("llama-6m",)
-"""Embedded models: each is a folder in the Hugging Face format, so ``path(name)`` can be given to ``from_pretrained``."""
+"""Embedded models, each a folder in the Hugging Face format: ``path(name)`` can be given to ``from_pretrained``."""
 
 TEXTS = ("wiki-heldout.txt", "recall.jsonl", "fairytaleqa.coqa.jsonl")
 """Embedded texts: held-out Wikipedia articles, recall stories, FairytaleQA dialogues."""
@@ -23,7 +23,9 @@ def root() -> Path:
     if not isinstance(folder, Path):  # MultiplexedPath or a zip: transformers needs real files
         folder = Path(str(folder))
     if not folder.is_dir():
-        raise FileNotFoundError(f"kvopt's assets are not a folder on disk ({folder}); install kvopt unpacked, with pip")
+        raise FileNotFoundError(
+            f"kvopt's assets are not a folder on disk ({folder}); install kvopt unpacked, with pip"
+        )
     return folder
 
 

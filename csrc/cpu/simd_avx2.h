@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector vocabulary of the qlinear kernels in 256-bit registers: 8 lanes. Included by files
+// compiled for AVX2, FMA and F16C; everything has internal linkage.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/params.h"
+#include "cpu/isa.h"
+
+#define KVOPT_INLINE inline __attribute__((always_inline))
+
+namespace kvopt::cpu {
+namespace {
+
+constexpr Isa kIsa = Isa::kAvx2;
+constexpr int kLanes = 8;
+using Ints = __m256i;
+using Floats = __m256;
+
+KVOPT_INLINE Ints load_ints(const void* source) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(source));
+}
+KVOPT_INLINE void store_ints(void* target, Ints v) {
+  _mm256_storeu_si256(static_cast<__m256i*>(target), v);
+}
+KVOPT_INLINE Ints set_ints(int32_t value) { return _mm256_set1_epi32(value); }
+KVOPT_INLINE Ints zero_ints() { return _mm256_setzero_si256(); }
+KVOPT_INLINE Ints bit_and(Ints a, Ints b) { return _mm256_and_si256(a, b); }
+KVOPT_INLINE Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+KVOPT_INLINE Ints max_ints(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
+
+template <int kBits>
+KVOPT_INLINE Ints shift_right_16(Ints a) {
+  return _mm256_srli_epi16(a, kBits);
+}
+
+// sum[lane] + w.lo16 * x.lo16 + w.hi16 * x.hi16
+KVOPT_INLINE Ints dot_pairs(Ints sum, Ints w, Ints x) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
+}
+
+KVOPT_INLINE Floats load_floats(const float* source) { return _mm256_loadu_ps(source); }
+KVOPT_INLINE void store_floats(float* target, Floats v) { _mm256_storeu_ps(target, v); }
+KVOPT_INLINE Floats set_floats(float value) { return _mm256_set1_ps(value); }
+KVOPT_INLINE Floats zero_floats() { return _mm256_setzero_ps(); }
+KVOPT_INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+KVOPT_INLINE Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+KVOPT_INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+KVOPT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+KVOPT_INLINE Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+KVOPT_INLINE Ints round_to_ints(Floats v) { return _mm256_cvtps_epi32(v); }
+KVOPT_INLINE Ints magnitude_bits(Floats v) {
+  return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
+}
+
+KVOPT_INLINE Floats load_halves(const uint16_t* source) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+}
+
+template <DType kType>
+KVOPT_INLINE Floats load_as_floats(const void* source) {
+  if constexpr (kType == DType::kFloat32) {
+    return _mm256_loadu_ps(static_cast<const float*>(source));
+  } else if constexpr (kType == DType::kFloat16) {
+    return load_halves(static_cast<const uint16_t*>(source));
+  } else {
+    const __m128i bits = _mm_loadu_si128(static_cast<const __m128i*>(source));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+}
+
+// 8 codes as int16, in order.
+KVOPT_INLINE __m128i narrow(Ints codes) {
+  return _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+}
+
+// Rounds to nearest even; a NaN of bf16 stays a NaN.
+template <DType kType>
+KVOPT_INLINE void store_as(void* target, Floats v) {
+  if constexpr (kType == DType::kFloat32) {
+    _mm256_storeu_ps(static_cast<float*>(target), v);
+  } else if constexpr (kType == DType::kFloat16) {
+    _mm_storeu_si128(static_cast<__m128i*>(target),
+                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  } else {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i result = _mm256_blendv_epi8(rounded, quiet, nan);
+    // An arithmetic shift keeps the upper half within int16, so that the saturating pack changes
+    // nothing.
+    _mm_storeu_si128(static_cast<__m128i*>(target), narrow(_mm256_srai_epi32(result, 16)));
+  }
+}
+
+// 8 codes of consecutive columns as int16, each four columns in the order 0 2 1 3.
+KVOPT_INLINE void store_pairs(void* target, Ints codes) {
+  __m128i v = narrow(codes);
+  v = _mm_shufflelo_epi16(v, _MM_SHUFFLE(3, 1, 2, 0));
+  v = _mm_shufflehi_epi16(v, _MM_SHUFFLE(3, 1, 2, 0));
+  _mm_storeu_si128(static_cast<__m128i*>(target), v);
+}
+
+}  // namespace
+}  // namespace kvopt::cpu

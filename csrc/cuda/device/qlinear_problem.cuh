@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// One product as its kernels see it, and the launches that qlinear.cu chooses from.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdlib>
+
+#include "common/params.h"
+
+namespace kvopt::cuda {
+
+constexpr int kStepColumns = 16;   // one tensor-core multiplication
+constexpr int kBlockColumns = 64;  // columns of one 4-bit load of a lane; K is padded to it
+
+struct QLinearProblem {
+  const void* x;
+  const uint8_t* packed;
+  const __half* meta;
+  const void* bias;
+  void* y;
+  int32_t m, n, k;
+  int32_t tiles;        // of 16 rows of the weight
+  int32_t blocks;       // of 64 columns, in a tile
+  int32_t groups;       // of a row
+  int32_t group_steps;  // 16-column steps per group
+  int32_t group_shift;  // its log2, or -1 when it is no power of two; 31 when there is one group
+  int64_t tile_bytes;
+  float symmetric_zero;
+  bool symmetric;
+  bool aligned;  // rows of x start on 16 bytes and hold whole 16-byte pieces
+#ifdef KVOPT_TUNE
+  int overlap = 1;
+#endif
+};
+
+// Group of a 16-column step. Steps past the last column (they meet zero activations) count to the last group.
+// kSteps = 4: the caller knows that groups are 2^group_shift >= 4 steps and asks for a block's first step only, which
+// holds at least one column.
+template <int kSteps = 1>
+__device__ __forceinline__ int group_of_step(const QLinearProblem& p, int step) {
+  if constexpr (kSteps == 4) return step >> p.group_shift;
+  const int group = p.group_shift >= 0 ? step >> p.group_shift : step / p.group_steps;
+  return min(group, p.groups - 1);
+}
+
+// The (scale, zero) pairs of rows g and g + 8 as they lie in memory: two words, or one when symmetric.
+__device__ __forceinline__ int64_t meta_offset(const QLinearProblem& p, int tile, int group,
+                                               int g) {
+  const int64_t index = static_cast<int64_t>(tile) * p.groups + group;
+  return p.symmetric ? index * 16 + g * 2 : index * 32 + g * 4;
+}
+
+struct Device {
+  int sm;               // 10 * major + minor of the code that will run
+  int multiprocessors;
+  int multiprocessor_shared;  // bytes of shared memory of a multiprocessor
+  int block_shared;           // and how many of them one block may ask for
+};
+
+// Each returns a cudaError_t. T: __half, __nv_bfloat16.
+
+// Tensor-core matrix-vector product, for M <= 8 when x fits in shared memory.
+constexpr int kGemvRows = 8;
+inline bool gemv_fits(const QLinearProblem& p, const Device& device) {
+  const int64_t bytes = p.m * (p.blocks + 4ll) * kBlockColumns * 2;
+  return bytes <= device.multiprocessor_shared / 3 && bytes <= device.block_shared - 16 * 1024;
+}
+template <typename T>
+int launch_gemv(const QLinearProblem& p, int bits, const Device& device, cudaStream_t stream);
+
+// Tiled tensor-core product, for any M.
+template <typename T, int kBits>
+int launch_gemm(const QLinearProblem& p, const Device& device, cudaStream_t stream);
+
+// fp32 arithmetic, any M. T: float, and __nv_bfloat16 for chips whose tensor cores do not know it.
+template <typename T>
+int launch_simt(const QLinearProblem& p, int bits, const Device& device, cudaStream_t stream);
+
+// Launches `kernel`; on sm_90 it may start while the kernel before it in the stream drains (programmatic dependent
+// launch): what it does before wait_for_previous_kernel() then costs no time of its own. Kernels touch no global memory
+// before that call, so stream order holds as ever.
+template <typename Kernel, typename... Arguments>
+int launch_kernel(Kernel kernel, dim3 grid, int threads, int shared_bytes, const Device& device,
+                  cudaStream_t stream, const Arguments&... arguments) {
+  if (shared_bytes > 48 * 1024) {  // more must be asked for by name
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = device.sm >= 90 ? 1 : 0;
+#ifdef KVOPT_TUNE
+  if (std::getenv("KVOPT_PDL") && std::atoi(std::getenv("KVOPT_PDL")) == 0) config.numAttrs = 0;
+#endif
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace kvopt::cuda
