@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -172,6 +173,22 @@ def test_return_sequences_and_repeated_rows(name: str) -> None:
     token = random_ids(2, 1)
     got, expected = (run_forced(model, c, token, token[:, :0]) for c in (cache, swapped))
     assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("spec", ["full", "sink_b16_s4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_deep_copy_shares_a_prefix_and_not_the_model(name: str, spec: str) -> None:
+    model, prefix, turns = TINY[name](), random_ids(1, 40), [random_ids(1, 12), random_ids(1, 12)]
+    common = Cache(model, spec)
+    run_forced(model, common, prefix, prefix[:, :5])
+    for turn in turns:
+        alone = Cache(model, spec)
+        run_forced(model, alone, prefix, prefix[:, :5])
+        expected = run_forced(model, alone, turn, turn)
+        twin = copy.deepcopy(common)
+        assert twin.architecture.base is common.architecture.base and twin.nbytes() == common.nbytes()
+        assert torch.equal(run_forced(model, twin, turn, turn), expected)
+    assert common.get_seq_length() == 45
 
 
 def test_crop_takes_back_only_what_is_still_there() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -71,6 +72,17 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"kvopt.Cache({str(self.spec)!r}, {self.columns} columns seen, {self.rows.used} kept)"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+        """A second cache for the same model, as the reuse of a common prefix needs it; the model is not copied."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        memo[id(self.architecture)] = self.architecture
+        if self.sinks is not None:
+            memo[id(self.sinks.rotary)] = self.sinks.rotary
+        for name, value in vars(self).items():
+            setattr(twin, name, copy.deepcopy(value, memo))
+        return twin
 
     # What users read.
 

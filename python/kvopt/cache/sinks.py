@@ -25,7 +25,7 @@ class Sinks:
 
     def __init__(self, rotary: Rotary, first: int, layers: int) -> None:
         self.first = first
-        self._rotary = rotary
+        self.rotary = rotary
         self._layers = layers
         self.clear()
 
@@ -48,7 +48,7 @@ class Sinks:
     def move(self, gap: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The sinks of each layer, (B, H, s, D), turned by ``gap`` (B,) positions."""
         assert self.original is not None
-        return self._rotary.move(self.original, gap).unbind(0)
+        return self.rotary.move(self.original, gap).unbind(0)
 
     def locate(self, slots: Slots, rows: Rows) -> torch.Tensor:
         """(B, s) int64 slots to write the sinks to. A row that still has holes has evicted nothing: slot 0, a hole."""
