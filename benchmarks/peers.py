@@ -22,7 +22,7 @@ def torch_linear(weight: Tensor, dtype: torch.dtype) -> Product:
 
 
 def torch_int4(weight: Tensor, group: int = 128) -> Product | None:
-    """torch's own 4-bit product (tinygemm on CUDA, a CPU kernel otherwise), asymmetric groups, bf16 activations."""
+    """Torch's own 4-bit product (tinygemm on CUDA, a CPU kernel otherwise), asymmetric groups, bf16 activations."""
     n, k = weight.shape
     if k % group or n % 32 or (weight.is_cuda and torch.cuda.get_device_capability()[0] < 8):
         return None
@@ -40,7 +40,7 @@ def torch_int4(weight: Tensor, group: int = 128) -> Product | None:
 
 
 def torch_int8(weight: Tensor) -> Product | None:
-    """torch's weight-only 8-bit product, per channel, bf16 activations (CPU)."""
+    """Torch's weight-only 8-bit product, per channel, bf16 activations (CPU)."""
     if weight.is_cuda:
         return None
     scale = (weight.float().abs().amax(1) / 127).clamp(min=1e-8)
@@ -50,7 +50,7 @@ def torch_int8(weight: Tensor) -> Product | None:
 
 
 def bitsandbytes_4bit(weight: Tensor) -> Product | None:
-    """bitsandbytes' NF4, blocks of 64."""
+    """Bitsandbytes' NF4, blocks of 64."""
     try:
         import bitsandbytes
     except ImportError:

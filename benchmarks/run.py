@@ -21,16 +21,20 @@ import torch
 from kvopt import _library
 from kvopt.experiments import machine
 
-CASES = ("qlinear", "decode")
+CASES = ("qlinear", "decode", "kv_cache")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     subparsers = parser.add_subparsers(dest="case", required=True)
     modules = {name: importlib.import_module(f"cases.{name}") for name in CASES}
     for name, module in modules.items():
         sub = subparsers.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
-        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+        sub.add_argument(
+            "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+        )
         sub.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
         sub.add_argument("--rounds", type=int, default=15)
         sub.add_argument("--calls", type=int, default=20, help="calls a round")

@@ -27,9 +27,14 @@ class Timing:
     rounds: int
 
 
-def interleaved(contenders: dict[str, Call], copies: int, device: str, rounds: int, calls: int) -> dict[str, Timing]:
+def interleaved(
+    contenders: dict[str, Call], copies: int, device: str, rounds: int, calls: int
+) -> dict[str, Timing]:
     """Times every contender, round by round in turn, each round being ``calls`` calls over rotating copies."""
-    run = {name: (_graph if device == "cuda" else _loop)(call, copies, calls) for name, call in contenders.items()}
+    run = {
+        name: (_graph if device == "cuda" else _loop)(call, copies, calls)
+        for name, call in contenders.items()
+    }
     for timed in run.values():  # warm-up
         timed()
     samples: dict[str, list[float]] = {name: [] for name in run}

@@ -68,12 +68,14 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         _sync(args.device)
         start = time.perf_counter()
         with torch.no_grad():
-            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            model.generate(
+                prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+            )
         _sync(args.device)
         return time.perf_counter() - start
 
     samples: dict[str, list[tuple[float, float]]] = {recipe: [] for recipe in models}
-    for recipe, model in models.items():
+    for model in models.values():
         generate(model, 3)
     for _ in range(args.rounds):
         for recipe, model in models.items():

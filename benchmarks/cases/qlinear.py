@@ -6,10 +6,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import peers
-import timing
 import torch
 
+import peers
+import timing
 from kvopt.weights.formats import WeightFormat, quantize_to
 from kvopt.weights.recipe import Recipe
 
@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--m", nargs="+", type=int, default=[1], help="rows of activations")
     parser.add_argument("--recipes", nargs="+", default=["int4_g128", "int8"])
-    parser.add_argument("--copies-mb", type=int, default=None, help="weights to rotate over, in MB of the packed size")
+    parser.add_argument(
+        "--copies-mb", type=int, default=None, help="weights to rotate over, in MB of the packed size"
+    )
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@
 //             planes   a unit is 4 columns, int8:  h h h h l l l l, X = 256 h + l
 //     scale:  for each block, for each row: float s
 //     start:  for each block, for each row: int32 -2^(bits-1) (sum of X)       (recentres codes)
-//     sum:    for each block, for each row: float s (sum of X)                 (for zero points)
+//     sum:    for each block, for each row: float sum of x                     (for zero points)
 //
 // In front of the panels stand M flag bytes: 1 for a row that integers cannot carry (NaN, infinity,
 // beyond 2^60, or all but vanishing). `run` computes such a row from x in plain fp32 arithmetic.

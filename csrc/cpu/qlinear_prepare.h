@@ -5,6 +5,9 @@
 //
 //     m = max |x| over the block       s = m / 32639       X = round(x * (32639 / m))
 //
+// The sum for zero points is that of x, not of s X: what rounding adds up to would otherwise meet
+// the mean weight of a row, not just its deviations.
+//
 // The maximum is taken over the bits of |x| as integers, which order finite values, then infinity,
 // then NaN: one comparison finds every value that integers cannot carry. A block whose m is so
 // small that s would be subnormal is taken as zero; where the rest of its row is not larger by far,
@@ -119,19 +122,27 @@ KVOPT_INLINE int32_t prepare_block(const void* source, int64_t columns, int64_t 
   }
   Ints codes[kVectors];
   Ints total = zero_ints();
+  Floats partial[16 / kLanes];  // sixteen running sums, so that every instruction set rounds alike
+  for (Floats& value : partial) value = zero_floats();
   for (int v = 0; v < kVectors; ++v) {
     codes[v] = round_to_ints(multiply(x[v], set_floats(inverse)));
     total = add_ints(total, codes[v]);
+    partial[v % (16 / kLanes)] = add(partial[v % (16 / kLanes)], x[v]);
   }
   store_ints(lanes, total);
   int32_t sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  alignas(64) float sums[16];
+  for (int v = 0; v < 16 / kLanes; ++v) store_floats(sums + v * kLanes, partial[v]);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
 
   store_codes<kPlanes>(codes, columns, column, slot, panel);
   const int64_t at = block * panel.width + slot;
   panel.scale[at] = scale;
   panel.start[at] = -middle * sum;
-  panel.sum[at] = scale * static_cast<float>(sum);
+  panel.sum[at] = sums[0];
   return bits;
 }
 

@@ -6,7 +6,7 @@
 //
 //     I        = sum over k in b of (q[n][k] - mid) X[m][k]                     mid = 2^(bits-1)
 //     y[m][n] += (scale[n][g] s[m][b]) I
-//     y[m][n] -= scale[n][g] (zero[n][g] - mid) s[m][b] (sum of X)              asymmetric only
+//     y[m][n] -= scale[n][g] (zero[n][g] - mid) (sum of x[m] over b)            asymmetric only
 //
 // I starts at -mid (sum of X), and |I| <= 64 * 128 * 32639 < 2^28. Only the last two lines round,
 // in fp32 and always in the order of the columns. So a row of y is the same bit for bit whatever M

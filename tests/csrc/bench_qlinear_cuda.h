@@ -102,7 +102,7 @@ inline int bench() {
   Cublas cublas;
   std::printf("%-6s %-6s %5s  %-22s %9s %8s %7s\n", "N", "K", "M", "contender", "us", "GB/s", "ratio");
 
-  const int all_ms[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024};
+  const int all_ms[] = {1, 2, 4, 6, 8, 9, 16, 32, 64, 128, 256, 512};
   const int sizes[][2] = {{28672, 4096}, {4096, 4096}, {2048, 2048}, {16384, 2048}, {4096, 14336}};
   const char* only = std::getenv("KVOPT_BENCH_M");  // a list such as "1,16"; KVOPT_BENCH_NAME: part of a name
   for (const auto& size : sizes) {

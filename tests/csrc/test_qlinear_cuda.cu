@@ -251,7 +251,7 @@ void compare(const Weight& w, DType dtype, int64_t m, bool bias, const Product& 
     typed2 += typed * typed / (condition * condition);
   }
   expect(worst == 0, name + ": element at " + std::to_string(worst) + " x its bound");
-  if (fraction && w.n * w.k >= 4096 && m > 0) {
+  if (fraction && dtype != DType::kFloat32 && w.n * w.k >= 4096 && m > 0) {
     const double allowed = 1.3 * std::sqrt(typed2);
     expect(std::sqrt(error2) <= allowed,
            name + ": error " + std::to_string(std::sqrt(error2) / allowed) + " x that of rounded weights");
@@ -425,16 +425,16 @@ void check_all(uint64_t seed, bool quick) {
     }
   }
   if (quick) return;
-  // Enough rows of w for the wide tiles, and enough columns for x to outgrow shared memory.
-  for (const Size size : {Size{17000, 136}, Size{36000, 72}, Size{48, 20000}}) {
+  // Enough rows of w and of x that every tile shape gets its turn, and enough columns that x outgrows shared memory.
+  for (const Size size : {Size{2050, 200}, Size{4100, 136}, Size{16390, 72}, Size{28700, 136}, Size{48, 20000}}) {
     for (const int bits : {4, 8}) {
-      for (const int kind : {0, 1, 2}) {
-        const QuantFormat format{bits, bits == 4 ? 64 : static_cast<int32_t>(size.k), kind == 0};
-        const Weight w = random_weight(random, size.n, size.k, format,
-                                       kind == 2 ? Zeros::kFractional : Zeros::kInteger);
-        for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
-          check_products(random, w, dtype, {1, 8, 9, 16, 20, 50, 129});
-        }
+      const int64_t kind = random.below(3);
+      const int64_t group = random.below(2) == 0 ? 64 : random.below(2) == 0 ? 16 : size.k;
+      const QuantFormat format{bits, static_cast<int32_t>(group), kind == 0};
+      const Weight w = random_weight(random, size.n, size.k, format,
+                                     kind == 2 ? Zeros::kFractional : Zeros::kInteger);
+      for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
+        check_products(random, w, dtype, {1, 7, 16, 32, 64, 128, 256});
       }
     }
   }
