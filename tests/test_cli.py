@@ -153,8 +153,10 @@ def test_full_disk_while_writing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    options = "run --quick --quiet --no-speed-model --limit 0 --experiments bf16 --device cpu --out".split()
-    assert cli.main([*options, str(tmp_path)]) == 1
+    options = (
+        f"run --quick --quiet --no-speed-model --limit 0 --experiments bf16 --device cpu --out {tmp_path}"
+    )
+    assert cli.main(options.split()) == 1
     out, err = capsys.readouterr()
     assert "results could not be written" in err and "No space left on device" in err
     assert "bf16" in out and list(tmp_path.iterdir()) == []

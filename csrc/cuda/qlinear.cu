@@ -66,9 +66,6 @@ QLinearProblem make_problem(const QLinearParams& p) {
   q.tile_bytes = mma16::tile_bytes(p.format, p.k);
   q.symmetric_zero = static_cast<float>(symmetric_zero(p.format));
   q.symmetric = p.format.symmetric;
-#ifdef KVOPT_TUNE
-  if (std::getenv("KVOPT_PDL")) q.overlap = std::atoi(std::getenv("KVOPT_PDL"));
-#endif
   q.aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.k * dtype_bytes(p.dtype) % 16 == 0;
   return q;
 }

@@ -163,6 +163,7 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
       }
     }
   }
+  let_next_kernel_start();
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {
 #pragma unroll

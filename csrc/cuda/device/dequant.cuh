@@ -9,7 +9,10 @@
 // scale, in fp32.
 //
 // bf16 cannot hold every fp16 zero point, so z = z_hi + z_lo with z_hi an integer: q - z_hi is exact, and z_lo (zero
-// for integer zero points, which is the usual case; then the step is skipped) is subtracted with the one rounding.
+// for integer zero points, which is the usual case; then the step is skipped) is subtracted with the one rounding. All
+// q - z of a row have the same fraction and would all be rounded the same way, which activations with a mean would
+// notice; so that step also multiplies by an odd factor (taken back in the scale), and the roundings scatter as those of
+// scale * (q - z) do in a dequantised weight.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,7 +27,7 @@ struct RowQuant {
   uint32_t low;          // pair of multipliers for codes at bit 0
   uint32_t high;         // and at bit 4
   uint32_t offset;       // pair of -z_hi * unit
-  uint32_t offset_rest;  // pair of -z_lo * unit (bf16 only)
+  uint32_t offset_rest;  // pair of -z_lo * unit * factor (bf16 only)
   float scale;           // scale / unit
 };
 
@@ -64,7 +67,8 @@ template <>
 struct Operand<__nv_bfloat16> {
   static constexpr uint32_t kLow = 0x7F007F00;   // 2^127
   static constexpr uint32_t kHigh = 0x7D007D00;  // 2^123
-  static constexpr uint32_t kOne = 0x3F803F80;
+  static constexpr uint32_t kRestFactor = 0x3FAB3FAB;  // 171 / 128
+  static constexpr float kRestScale = 128.0f / 171.0f;
   static constexpr float kScale = 64.0f;  // 1 / unit
   static constexpr bool kSplitZero = true;
   static constexpr bool kNeedsSm80 = true;
@@ -74,7 +78,7 @@ struct Operand<__nv_bfloat16> {
     const __nv_bfloat16 whole = __float2bfloat16_rn(rintf(value) * (-1.0f / 64.0f));
     const float rest = value * (-1.0f / 64.0f) - __bfloat162float(whole);
     row.offset = pair_of(whole);
-    row.offset_rest = pair_of(__float2bfloat16_rn(rest));
+    row.offset_rest = pair_of(__float2bfloat16_rn(rest * (171.0f / 128.0f)));
   }
   static __device__ __forceinline__ uint32_t fma(uint32_t a, uint32_t b, uint32_t c) {
     uint32_t d = 0;
@@ -116,15 +120,19 @@ __device__ __forceinline__ void dequant_8bit(uint32_t (&a)[4], uint32_t word0, u
   a[3] = Operand<T>::fma(__byte_perm(word1, 0, 0x4342), row8.low, row8.offset);
 }
 
-// The second half of a split zero point.
+__device__ __forceinline__ bool has_rest(const RowQuant& row) {
+  return (row.offset_rest & 0x7FFF) != 0;
+}
+
+// The second half of a split zero point; the scale then takes kRestScale.
 template <typename T>
 __device__ __forceinline__ void subtract_rest(uint32_t (&a)[4], const RowQuant& row0,
                                               const RowQuant& row8) {
   if constexpr (Operand<T>::kSplitZero) {
-    a[0] = Operand<T>::fma(a[0], Operand<T>::kOne, row0.offset_rest);
-    a[1] = Operand<T>::fma(a[1], Operand<T>::kOne, row8.offset_rest);
-    a[2] = Operand<T>::fma(a[2], Operand<T>::kOne, row0.offset_rest);
-    a[3] = Operand<T>::fma(a[3], Operand<T>::kOne, row8.offset_rest);
+    a[0] = Operand<T>::fma(a[0], Operand<T>::kRestFactor, row0.offset_rest);
+    a[1] = Operand<T>::fma(a[1], Operand<T>::kRestFactor, row8.offset_rest);
+    a[2] = Operand<T>::fma(a[2], Operand<T>::kRestFactor, row0.offset_rest);
+    a[3] = Operand<T>::fma(a[3], Operand<T>::kRestFactor, row8.offset_rest);
   }
 }
 

@@ -17,7 +17,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
+#include <iterator>
 
 #include "cuda/device/copy.cuh"
 #include "cuda/device/dequant.cuh"
@@ -68,7 +68,7 @@ struct Chunk {
   static constexpr int kSlice = S::kRowsX < 32 ? S::kRowsX : 32;  // rows of x per round of the epilogue
   static constexpr int kStrideOut = S::kRowsW + 4;
   static constexpr int kBytesOut = S::kWarpsK * kSlice * kStrideOut * 4;
-  static constexpr int shared_bytes(int stages) {
+  KVOPT_HOST_DEVICE static constexpr int shared_bytes(int stages) {
     return stages * kBytes > kBytesOut ? stages * kBytes : kBytesOut;
   }
 };
@@ -225,27 +225,19 @@ template <typename T, typename S, typename C>
 struct Sums {
   float sum[S::kTiles][S::kFragments][4] = {};
   RowQuant row0[S::kTiles], row8[S::kTiles];  // .scale: that of the accumulators
+  int tiles;  // of this warp that exist; there are no parameters for the others
   int group = -1;
   bool rest = false;  // some zero point needs its second half subtracted
 
-  __device__ __forceinline__ Sums() {
+  explicit __device__ __forceinline__ Sums(int existing_tiles) : tiles(existing_tiles) {
 #pragma unroll
     for (int r = 0; r < S::kTiles; ++r) row0[r].scale = row8[r].scale = 1.0f;
   }
 
-  static __device__ __forceinline__ float change(RowQuant& row, __half scale, __half zero) {
-    const float old = row.scale;
-    row = make_row_quant<T>(scale, zero);
-    if (row.scale == 0) {
-      row.scale = old;
-      row.low = row.high = row.offset = row.offset_rest = 0;
-    }
-    return __fdividef(old, row.scale);
-  }
-
   // `meta`: this lane's word of the group's parameters, tile 0.
   __device__ __forceinline__ void enter(const QLinearProblem& p, const uint32_t* meta) {
-    uint32_t any = 0;
+    float old0[S::kTiles], old8[S::kTiles];
+    bool any = false;
 #pragma unroll
     for (int r = 0; r < S::kTiles; ++r) {
       const uint32_t first = meta[r * C::kMetaRounds * 32];
@@ -253,9 +245,16 @@ struct Sums {
       const __half2 a = *reinterpret_cast<const __half2*>(&first);
       const __half2 b = *reinterpret_cast<const __half2*>(&second);
       const __half zero = __float2half_rn(p.symmetric_zero);
-      const float ratio0 = change(row0[r], a.x, p.symmetric ? zero : a.y);
-      const float ratio8 = change(row8[r], b.x, p.symmetric ? zero : b.y);
-      any |= row0[r].offset_rest | row8[r].offset_rest;
+      old0[r] = row0[r].scale;
+      old8[r] = row8[r].scale;
+      row0[r] = make_row_quant<T>(a.x, p.symmetric ? zero : a.y);
+      row8[r] = make_row_quant<T>(b.x, p.symmetric ? zero : b.y);
+      any = any || (r < tiles && (has_rest(row0[r]) || has_rest(row8[r])));
+    }
+    if constexpr (Operand<T>::kSplitZero) rest = __any_sync(0xFFFFFFFF, any);
+#pragma unroll
+    for (int r = 0; r < S::kTiles; ++r) {
+      const float ratio0 = rescale(row0[r], old0[r]), ratio8 = rescale(row8[r], old8[r]);
 #pragma unroll
       for (int f = 0; f < S::kFragments; ++f) {
         sum[r][f][0] *= ratio0;
@@ -264,9 +263,18 @@ struct Sums {
         sum[r][f][3] *= ratio8;
       }
     }
+  }
+
+  // What turns sums in units of `old` into sums in units of the row's scale.
+  __device__ __forceinline__ float rescale(RowQuant& row, float old) const {
     if constexpr (Operand<T>::kSplitZero) {
-      rest = __any_sync(0xFFFFFFFF, (any & 0x7FFF) != 0);
+      if (rest) row.scale *= Operand<T>::kRestScale;
     }
+    if (row.scale == 0) {
+      row.scale = old;
+      row.low = row.high = row.offset = row.offset_rest = 0;
+    }
+    return __fdividef(old, row.scale);
   }
 
   // Adds one warp's share of a chunk, whose first block of 64 columns is `block0`.
@@ -334,7 +342,7 @@ __device__ __forceinline__ void run_gemm(const QLinearProblem& p, int stages) {
   const int tile0 = (blockIdx.y * S::kWarpsN + warp_n) * S::kTiles;
 
   Loader<T, kBits, S, C> loader(p, row0, tile0, warp_k);
-  Sums<T, S, C> sums;
+  Sums<T, S, C> sums(p.tiles - tile0);
   int block = warp_k * C::kBlocks;
   wait_for_previous_kernel();
 
@@ -364,6 +372,7 @@ __device__ __forceinline__ void run_gemm(const QLinearProblem& p, int stages) {
     if (free == shared + stages * C::kBytes) free = shared;
   }
   copy_async_wait<0>();
+  let_next_kernel_start();
 #else
   loader.hold();
   for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -427,15 +436,13 @@ int launch_shape(const QLinearProblem& p, const Device& device, cudaStream_t str
   using C = Chunk<S, kBits, kGroupSteps>;
   const auto kernel = qlinear_gemm_kernel<T, kBits, kGroupSteps, S>;
   const int share = device.multiprocessor_shared / S::kResident - 1024;
+  const dim3 grid((p.m + S::kRowsX - 1) / S::kRowsX, (p.n + S::kRowsW - 1) / S::kRowsW);
+  const bool alone = static_cast<int>(grid.x * grid.y) <= device.multiprocessors;
   int stages = device.sm >= 80 ? 4 : 2;
-  const int goal = C::shared_bytes(2) <= share ? std::min(share, device.block_shared)
+  const int goal = !alone && C::shared_bytes(2) <= share ? std::min(share, device.block_shared)
                                                : device.block_shared;
   while (stages > 2 && C::shared_bytes(stages) > goal) --stages;
-#ifdef KVOPT_TUNE
-  if (const char* forced = std::getenv("KVOPT_GEMM_STAGES")) stages = std::atoi(forced);
-#endif
   const int bytes = C::shared_bytes(stages);
-  const dim3 grid((p.m + S::kRowsX - 1) / S::kRowsX, (p.n + S::kRowsW - 1) / S::kRowsW);
   return launch_kernel(kernel, grid, S::kThreads, bytes, device, stream, p, stages);
 }
 
@@ -446,63 +453,76 @@ int launch(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
                 : launch_shape<T, kBits, 1, S>(p, device, stream);
 }
 
-// rows of x, of w                              x    w
-using Rows16 = Shape<2, 2, 4, 2, true>;      // 16 x 128
-using Rows16Narrow = Shape<2, 2, 1, 8>;      // 16 x 32
-using Rows32 = Shape<4, 2, 4, 2>;            // 32 x 128
-using Rows32Narrow = Shape<4, 2, 2, 4>;      // 32 x 64
-using Rows32Sm75 = Shape<4, 1, 4, 2, true>;  // 32 x 64
-using Rows64 = Shape<8, 4, 4, 2>;            // 64 x 256
-using Rows64Narrow = Shape<8, 2, 4, 2>;      // 64 x 128
-using Rows128 = Shape<16, 2, 8, 1>;          // 128 x 256
+// What a block of each shape costs on an H200 per K, in one unit: alone on a multiprocessor, and two of them together.
+struct Cost {
+  int rows_x, rows_w, shared_bytes;
+  double alone, pair;
+};
+
+template <typename S, int kBits>
+constexpr Cost cost_of(double alone, double pair) {
+  return {S::kRowsX, S::kRowsW, Chunk<S, kBits, 1>::shared_bytes(2), alone, pair};
+}
+
+using Rows16x32 = Shape<2, 2, 1, 8>;
+using Rows16x64 = Shape<2, 2, 2, 4>;
+using Rows16x128 = Shape<2, 2, 4, 2, true>;
+using Rows32x64 = Shape<4, 2, 2, 4>;
+using Rows32x128 = Shape<4, 2, 4, 2>;
+using Rows64x64 = Shape<8, 2, 2, 4>;
+using Rows64x128 = Shape<8, 2, 4, 2>;
+using Rows64x256 = Shape<8, 4, 4, 2>;
+using Rows128x256 = Shape<16, 2, 8, 1>;
+using Rows32Sm75 = Shape<4, 1, 4, 2, true>;
 
 }  // namespace gemm
 
-// The largest tile that still gives every multiprocessor work; narrow ones split K over more warps.
+// The shape whose busiest multiprocessor is done first.
 template <typename T, int kBits>
 int launch_gemm(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
   using namespace gemm;
-  const auto fills = [&](int rows_x, int rows_w) {
-    const int64_t blocks = ceil_div(p.m, rows_x) * ceil_div(p.n, rows_w);
-    return blocks * 5 >= device.multiprocessors * 4;
-  };
-  const bool large_shared = device.block_shared >= 160 * 1024;
-  int choice;
-  if (p.m <= 16) {
-    choice = fills(16, 128) || device.sm < 80 ? 0 : 1;
-  } else if (device.sm < 80) {
-    choice = 7;
-  } else if (p.m <= 32) {
-    choice = fills(32, 128) || !large_shared ? 2 : 3;
-  } else if (p.m > 64 && fills(128, 256) && large_shared) {
-    choice = 6;
-  } else if (fills(64, 256) && large_shared) {
-    choice = 4;
-  } else if (fills(64, 128) && large_shared) {
-    choice = 5;
-  } else {
-    choice = fills(32, 128) || !large_shared ? 2 : 3;
+  if (device.sm < 80) {
+    return p.m <= 16 ? launch<T, kBits, Rows16x128>(p, device, stream)
+                     : launch<T, kBits, Rows32Sm75>(p, device, stream);
   }
-#ifdef KVOPT_TUNE
-  if (const char* forced = std::getenv("KVOPT_GEMM_SHAPE")) choice = std::atoi(forced);
-#endif
-  switch (choice) {
+  static constexpr Cost kCosts[] = {
+      cost_of<Rows16x32, kBits>(7.1, 10.0),    cost_of<Rows16x64, kBits>(10.0, 15.0),
+      cost_of<Rows16x128, kBits>(16.8, 27.0),  cost_of<Rows32x64, kBits>(13.0, 21.0),
+      cost_of<Rows32x128, kBits>(21.5, 37.0),  cost_of<Rows64x64, kBits>(20.5, 41.0),
+      cost_of<Rows64x128, kBits>(32.5, 65.0),  cost_of<Rows64x256, kBits>(58.0, 116.0),
+      cost_of<Rows128x256, kBits>(98.0, 196.0)};
+  int best = -1;
+  double best_cost = 0;
+  for (int i = 0; i < static_cast<int>(std::size(kCosts)); ++i) {
+    const Cost& c = kCosts[i];
+    if (c.shared_bytes > device.block_shared) continue;
+    const int64_t blocks = ceil_div(p.m, c.rows_x) * ceil_div(p.n, c.rows_w);
+    const int64_t each = ceil_div(blocks, device.multiprocessors);
+    const double cost = static_cast<double>(each / 2) * c.pair + (each % 2 == 1 ? c.alone : 0);
+    if (best < 0 || cost < best_cost) {
+      best = i;
+      best_cost = cost;
+    }
+  }
+  switch (best) {
     case 0:
-      return launch<T, kBits, Rows16>(p, device, stream);
+      return launch<T, kBits, Rows16x32>(p, device, stream);
     case 1:
-      return launch<T, kBits, Rows16Narrow>(p, device, stream);
+      return launch<T, kBits, Rows16x64>(p, device, stream);
     case 2:
-      return launch<T, kBits, Rows32>(p, device, stream);
+      return launch<T, kBits, Rows16x128>(p, device, stream);
     case 3:
-      return launch<T, kBits, Rows32Narrow>(p, device, stream);
+      return launch<T, kBits, Rows32x64>(p, device, stream);
     case 4:
-      return launch<T, kBits, Rows64>(p, device, stream);
+      return launch<T, kBits, Rows32x128>(p, device, stream);
     case 5:
-      return launch<T, kBits, Rows64Narrow>(p, device, stream);
+      return launch<T, kBits, Rows64x64>(p, device, stream);
     case 6:
-      return launch<T, kBits, Rows128>(p, device, stream);
+      return launch<T, kBits, Rows64x128>(p, device, stream);
+    case 7:
+      return launch<T, kBits, Rows64x256>(p, device, stream);
     default:
-      return launch<T, kBits, Rows32Sm75>(p, device, stream);
+      return launch<T, kBits, Rows128x256>(p, device, stream);
   }
 }
 

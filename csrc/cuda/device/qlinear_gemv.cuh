@@ -28,14 +28,14 @@
 namespace kvopt::cuda {
 namespace gemv {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 256;
 constexpr int kRowPad = 16;  // elements; shifts the rows of x by 32 bytes, so that four of them meet 32 banks
 
 // How a warp walks along K. A unit is 2 KB of codes (four loads in flight per lane) where the registers for the
 // group parameters allow it.
 template <int kBits, int kGroupSteps>
 struct Walk {
-  static constexpr int kColumns = kBits == 4 && kGroupSteps >= 4 ? 256 : 128;
+  static constexpr int kColumns = kBits == 4 && kGroupSteps >= 8 ? 256 : 128;
   static constexpr int kSteps = kColumns / kStepColumns;
   static constexpr int kLoads = kColumns * kBits / 256;  // 512 bytes each
 
@@ -151,7 +151,11 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const QLinearProblem& 
     unit.template rows<T>(p, i, row0, row8);
     bool rest = false;
     if constexpr (Operand<T>::kSplitZero && !kSymmetric) {
-      rest = __any_sync(0xFFFFFFFF, ((row0.offset_rest | row8.offset_rest) & 0x7FFF) != 0);
+      rest = __any_sync(0xFFFFFFFF, has_rest(row0) || has_rest(row8));
+      if (rest) {
+        row0.scale *= Operand<T>::kRestScale;
+        row8.scale *= Operand<T>::kRestScale;
+      }
     }
     constexpr int kChains = kGroupSteps >= 4 ? 2 : 1;  // shortens the chain of dependent mma
     float c[kChains][4] = {};
@@ -215,15 +219,9 @@ __device__ __forceinline__ void run_gemv(const QLinearProblem& p) {
     unit.load(p, cursor);
     cursor.advance(p, units);
   };
-#ifdef KVOPT_TUNE
-  if (p.overlap != 2) wait_for_previous_kernel();
-#else
+  let_next_kernel_start();
   wait_for_previous_kernel();
-#endif
   load_next(first);
-#ifdef KVOPT_TUNE
-  if (p.overlap == 2) wait_for_previous_kernel();
-#endif
   stage_x(x, p, stride);
   __syncthreads();
 
@@ -276,7 +274,7 @@ __device__ __forceinline__ void run_gemv(const QLinearProblem& p) {
 }
 
 template <typename T, int kBits, bool kSymmetric, int kGroupSteps>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kMaxThreads, kGroupSteps >= 4 && !(Operand<T>::kSplitZero && !kSymmetric && kBits == 4) ? 3 : 2)
     qlinear_gemv_kernel(const QLinearProblem p) {
 #if __CUDA_ARCH__ >= 800
   constexpr bool kCompiled = true;
@@ -297,9 +295,10 @@ int launch(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
     const bool known = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
     return known ? (attributes.numRegs + 7) / 8 * 8 : 128;
   }();
-  int wanted = p.tiles <= device.multiprocessors ? 16 : 8;
 #ifdef KVOPT_TUNE
-  if (const char* forced = std::getenv("KVOPT_GEMV_WARPS")) wanted = std::atoi(forced);
+  const int wanted = std::getenv("KVOPT_W") ? std::atoi(std::getenv("KVOPT_W")) : 8;
+#else
+  const int wanted = p.tiles <= device.multiprocessors ? 16 : 8;
 #endif
   const int warps = std::min({wanted, Walk<kBits, kGroupSteps>::units(p), kMaxThreads / 32});
   const int bytes = Walk<kBits, kGroupSteps>::shared_bytes(p, warps);
@@ -307,7 +306,12 @@ int launch(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
   const int resident = std::max(1, std::min({65536 / (registers * warps * 32),
                                              max_threads / (warps * 32),
                                              device.multiprocessor_shared / (bytes + 1024)}));
+#ifdef KVOPT_TUNE
+  const int most = std::getenv("KVOPT_RES") ? std::atoi(std::getenv("KVOPT_RES")) : 99;
+  const int grid = std::min(p.tiles, device.multiprocessors * std::min(most, resident));
+#else
   const int grid = std::min(p.tiles, device.multiprocessors * resident);
+#endif
   return launch_kernel(kernel, dim3(grid), warps * 32, bytes, device, stream, p);
 }
 

@@ -6,7 +6,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <cstdlib>
 
 #include "common/params.h"
 
@@ -31,9 +30,6 @@ struct QLinearProblem {
   float symmetric_zero;
   bool symmetric;
   bool aligned;  // rows of x start on 16 bytes and hold whole 16-byte pieces
-#ifdef KVOPT_TUNE
-  int overlap = 1;
-#endif
 };
 
 // Group of a 16-column step. Steps past the last column (they meet zero activations) count to the last group.
@@ -79,9 +75,10 @@ int launch_gemm(const QLinearProblem& p, const Device& device, cudaStream_t stre
 template <typename T>
 int launch_simt(const QLinearProblem& p, int bits, const Device& device, cudaStream_t stream);
 
-// Launches `kernel`; on sm_90 it may start while the kernel before it in the stream drains (programmatic dependent
-// launch): what it does before wait_for_previous_kernel() then costs no time of its own. Kernels touch no global memory
-// before that call, so stream order holds as ever.
+// Launches `kernel`. On sm_90 its blocks may take their places while the kernel before it in the stream still runs
+// (programmatic dependent launch): every kernel calls wait_for_previous_kernel() before its first global access, so
+// stream order holds as ever, and what is saved is the launch, 0.7 us of 3 for a small product. let_next_kernel_start()
+// says from where on the next kernel's blocks are welcome.
 template <typename Kernel, typename... Arguments>
 int launch_kernel(Kernel kernel, dim3 grid, int threads, int shared_bytes, const Device& device,
                   cudaStream_t stream, const Arguments&... arguments) {
@@ -100,15 +97,18 @@ int launch_kernel(Kernel kernel, dim3 grid, int threads, int shared_bytes, const
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = device.sm >= 90 ? 1 : 0;
-#ifdef KVOPT_TUNE
-  if (std::getenv("KVOPT_PDL") && std::atoi(std::getenv("KVOPT_PDL")) == 0) config.numAttrs = 0;
-#endif
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -45,11 +45,12 @@ def _table(model: str, records: Sequence[Record]) -> Any:
     from rich.text import Text
 
     scored = any(r.perplexity is not None or r.recall is not None for r in records)
+    random = all("speed only" in r.note for r in records)
     compressed = any(r.cache != "full" for r in records)
     columns = ["experiment", *(["cache"] if compressed else []), "bits/w", "model MB", "cache MB"]
     columns += ["perplexity", "recall %"] if scored else []
     columns += ["prefill ms", "×", "decode tok/s", "×"]
-    table = Table(title=model if scored else f"{model} (speed only)", title_justify="left")
+    table = Table(title=f"{model} (speed only)" if random else model, title_justify="left")
     for column in columns:
         table.add_column(
             column, justify="left" if column in ("experiment", "cache") else "right", no_wrap=True
