@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from typing import Any
@@ -11,11 +12,17 @@ from typing import Any
 import torch
 
 import kvopt
+from kvopt.experiments import speed_model
 
-# hidden, layers, heads, KV heads, head size, ffn
-SHAPES = {
-    "1b": (2048, 16, 32, 8, 64, 8192),
-    "350m": (1024, 24, 16, 8, 64, 4096),
+SHAPES: dict[str, dict[str, int]] = {
+    "1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+    },
+    "350m": {},
 }
 
 
@@ -26,42 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=24, help="tokens to generate")
 
 
-def random_llama(shape: str, device: str) -> Any:
-    """A Llama of the given shape with random bf16 weights, vocabulary 8,192 and a tied head."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, layers, heads, kv_heads, head_dim, ffn = SHAPES[shape]
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device=device)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
-    model.tie_weights()
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data.fill_(1)
-        else:
-            parameter.data.normal_(0, 0.02, generator=generator)
-    return model.eval()
-
-
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    base_model = speed_model.build(args.seed, torch.bfloat16, args.device, **SHAPES[args.model])
     models = {}
     for recipe in args.recipes:
-        model = random_llama(args.model, args.device)
-        kvopt.quantize(model, recipe, progress=False)
-        models[recipe] = model
+        models[recipe] = copy.deepcopy(base_model)
+        kvopt.quantize(models[recipe], recipe, progress=False)
+    del base_model
     prompt = torch.randint(0, 8192, (1, args.prompt), device=args.device)
 
     def generate(model: Any, tokens: int) -> float:

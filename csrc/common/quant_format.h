@@ -1,37 +1,44 @@
 // SPDX-License-Identifier: Apache-2.0
-// The only definition of kvopt's packed weight layouts. Every pack, unpack and product includes this file.
+// The only definition of kvopt's packed weight layouts. Every pack, unpack and product includes
+// this file.
 //
-// A quantised weight of shape (N, K) is integer codes q in [0, 2^bits) with one scale (and one zero point, when
-// asymmetric) per row and group of `group_size` consecutive columns:
+// A quantised weight of shape (N, K) is integer codes q in [0, 2^bits) with one scale (and one zero
+// point, when asymmetric) per row and group of `group_size` consecutive columns:
 //
 //     w[n][k] = scale[n][k / group_size] * (q[n][k] - zero[n][k / group_size])
 //
-// Symmetric formats store no zero point; it is 2^(bits-1). Scales and zero points are fp16; a zero point may be any
-// fp16 value. The last group of a row may be short. `group_size == k` is one group per row ("per channel").
+// Symmetric formats store no zero point; it is 2^(bits-1). Scales and zero points are fp16; a zero
+// point may be any fp16 value. The last group of a row may be short. `group_size == k` is one group
+// per row ("per channel").
 //
-// Two layouts exist, one per device, because each kernel wants the bytes of one instruction side by side:
+// Two layouts exist, one per device, because each kernel wants the bytes of one instruction side by
+// side:
 //
-// CPU, "tile32": 32 rows a tile, so that one 64-byte register holds 16 rows x 4 columns, the shape of vpdpbusd.
+// CPU, "tile32": 32 rows a tile, so that one 64-byte register holds 16 rows x 4 columns, the shape
+// of vpdpbusd.
 //   bits 4:  block = 8 columns, 128 bytes.   byte (r / 16) * 64 + (r % 16) * 4 + j   holds
-//            q[r][8b + j] in its low nibble and q[r][8b + 4 + j] in its high nibble      (j = 0..3, b = block)
+//            q[r][8b + j] in its low nibble and q[r][8b + 4 + j] in its high nibble      (j = 0..3,
+//            b = block)
 //   bits 8:  block = 4 columns, 128 bytes.   the same byte holds q[r][4b + j]
 //   meta:    per tile and group: 32 fp16 scales, then (asymmetric only) 32 fp16 zero points.
 //
-// CUDA, "mma16": 16 rows a tile, in the fragment order of mma.m16n8k16's A operand, so that a lane's 16-byte load is
-//   its operand of four (4-bit) or two (8-bit) consecutive multiplications. Lane = 4 * g + t. A 16-column step j at
-//   columns c = 16 j + 4 t gives the lane the eight values
+// CUDA, "mma16": 16 rows a tile, in the fragment order of mma.m16n8k16's A operand, so that a
+// lane's 16-byte load is
+//   its operand of four (4-bit) or two (8-bit) consecutive multiplications. Lane = 4 * g + t. A
+//   16-column step j at columns c = 16 j + 4 t gives the lane the eight values
 //       a0 a1 = q[g][c], q[g][c+1]      a2 a3 = q[g+8][c], q[g+8][c+1]
 //       a4 a5 = q[g][c+2], q[g][c+3]    a6 a7 = q[g+8][c+2], q[g+8][c+3]
-//   (a permutation of the columns inside a step, shared by both operands, so the sum is unchanged and the lane reads
-//   four consecutive activations).
-//   bits 4:  block = 64 columns, 512 bytes: lane * 16 + step * 4 is one little-endian word; a[2p] sits at bit 4p and
+//   (a permutation of the columns inside a step, shared by both operands, so the sum is unchanged
+//   and the lane reads four consecutive activations). bits 4:  block = 64 columns, 512 bytes: lane
+//   * 16 + step * 4 is one little-endian word; a[2p] sits at bit 4p and
 //            a[2p + 1] at bit 16 + 4p, so (word >> 4p) & 0x000F000F is a pair.
 //   bits 8:  block = 32 columns, 512 bytes: lane * 16 + step * 8 + i is a[i].
 //   K is padded to 64 columns in both.
 //   meta:    per tile and group: for g = 0..7 {scale[g], scale[g+8]} or, asymmetric,
 //            {scale[g], zero[g], scale[g+8], zero[g+8]}.
 //
-// Padding rows have scale 0; padding columns have code 0 and meet activations that the kernels read as 0.
+// Padding rows have scale 0; padding columns have code 0 and meet activations that the kernels read
+// as 0.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +63,9 @@ KVOPT_HOST_DEVICE constexpr int64_t group_count(const QuantFormat& f, int64_t k)
   return ceil_div(k, f.group_size);
 }
 
-KVOPT_HOST_DEVICE constexpr int32_t symmetric_zero(const QuantFormat& f) { return 1 << (f.bits - 1); }
+KVOPT_HOST_DEVICE constexpr int32_t symmetric_zero(const QuantFormat& f) {
+  return 1 << (f.bits - 1);
+}
 
 // Where one code lives: byte offset in the packed buffer and right shift inside that byte (0 or 4).
 struct CodeAddress {
@@ -110,7 +119,9 @@ constexpr int64_t kRows = 16;
 constexpr int64_t kPadColumns = 64;
 constexpr int64_t kBlockBytes = 512;
 
-KVOPT_HOST_DEVICE constexpr int64_t block_columns(const QuantFormat& f) { return f.bits == 4 ? 64 : 32; }
+KVOPT_HOST_DEVICE constexpr int64_t block_columns(const QuantFormat& f) {
+  return f.bits == 4 ? 64 : 32;
+}
 
 KVOPT_HOST_DEVICE constexpr int64_t tile_bytes(const QuantFormat& f, int64_t k) {
   return ceil_div(k, kPadColumns) * (kPadColumns / block_columns(f)) * kBlockBytes;
@@ -120,7 +131,8 @@ KVOPT_HOST_DEVICE constexpr int64_t packed_bytes(const QuantFormat& f, int64_t n
   return ceil_div(n, kRows) * tile_bytes(f, k);
 }
 
-KVOPT_HOST_DEVICE constexpr CodeAddress code_address(const QuantFormat& f, int64_t k, int64_t row, int64_t column) {
+KVOPT_HOST_DEVICE constexpr CodeAddress code_address(const QuantFormat& f, int64_t k, int64_t row,
+                                                     int64_t column) {
   const int64_t columns = block_columns(f);
   const int64_t base = (row / kRows) * tile_bytes(f, k) + (column / columns) * kBlockBytes;
   const int64_t r = row % kRows;
@@ -135,19 +147,23 @@ KVOPT_HOST_DEVICE constexpr CodeAddress code_address(const QuantFormat& f, int64
 }
 
 // fp16 values per (tile, group).
-KVOPT_HOST_DEVICE constexpr int64_t meta_stride(const QuantFormat& f) { return f.symmetric ? 16 : 32; }
+KVOPT_HOST_DEVICE constexpr int64_t meta_stride(const QuantFormat& f) {
+  return f.symmetric ? 16 : 32;
+}
 
 KVOPT_HOST_DEVICE constexpr int64_t meta_count(const QuantFormat& f, int64_t n, int64_t k) {
   return ceil_div(n, kRows) * group_count(f, k) * meta_stride(f);
 }
 
-KVOPT_HOST_DEVICE constexpr int64_t scale_index(const QuantFormat& f, int64_t k, int64_t row, int64_t group) {
+KVOPT_HOST_DEVICE constexpr int64_t scale_index(const QuantFormat& f, int64_t k, int64_t row,
+                                                int64_t group) {
   const int64_t base = ((row / kRows) * group_count(f, k) + group) * meta_stride(f);
   const int64_t r = row % kRows;
   return f.symmetric ? base + (r % 8) * 2 + r / 8 : base + (r % 8) * 4 + (r / 8) * 2;
 }
 
-KVOPT_HOST_DEVICE constexpr int64_t zero_index(const QuantFormat& f, int64_t k, int64_t row, int64_t group) {
+KVOPT_HOST_DEVICE constexpr int64_t zero_index(const QuantFormat& f, int64_t k, int64_t row,
+                                               int64_t group) {
   return scale_index(f, k, row, group) + 1;  // asymmetric only
 }
 

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// y (M, N) = x (M, K) w^T in plain fp32 arithmetic, for fp32 activations (a tensor-core product would round them) and
-// for bf16 on sm_75, whose tensor cores do not know it.
+// y (M, N) = x (M, K) w^T in plain fp32 arithmetic, for fp32 activations (a tensor-core product
+// would round them) and for bf16 on sm_75, whose tensor cores do not know it.
 //
-//   warp = one tile of 16 rows of w x every warps_k-th block of 64 columns; block = 8 warps, kRows rows of x
-//   lane (g, t) = rows g and g + 8, columns 4t .. 4t+3 of each 16-column step: 8 weights, 8 * kRows fma
+//   block        8 warps, kRows rows of x
+//   warp         a tile of 16 rows of w, every warps_k-th block of 64 columns
+//   lane (g, t)  rows g and g + 8, columns 4t .. 4t+3 of a 16-column step: 8 weights, 8 * kRows fma
 //
-// A code becomes a float by dropping it into the mantissa of a power of two just above its range (2^4 + q, 2^8 + q),
-// and minus that power minus the zero point. Group sums are scaled in fp32. The four lanes of a row add by shuffles,
-// the warps that share a tile in shared memory, both in a fixed order. x is read through L1.
+// A code becomes a float by dropping it into the mantissa of a power of two just above its range
+// (2^4 + q, 2^8 + q), and minus that power minus the zero point. Group sums are scaled in fp32. The
+// four lanes of a row add by shuffles, the warps that share a tile in shared memory, both in a
+// fixed order. x is read through L1.
 //
-// Bytes: the codes once per kRows rows of x. Bound: memory at M = 1 (4 instructions per weight; an H200 has 3.6 to
-// spare at its full read rate), the fp32 units from M = 4.
+// Bytes: the codes once per kRows rows of x. Bound: instructions (4 per weight and one fma per row
+// of x; an H200 has 3.6 to spare per 4-bit weight at its full read rate).
 #include <algorithm>
 
 #include "cuda/device/copy.cuh"
@@ -53,9 +55,11 @@ __device__ __forceinline__ float4 load_x(const T* row, int column, const QLinear
   if constexpr (kAligned) {
     if (column >= p.k) return make_float4(0, 0, 0, 0);
     if constexpr (sizeof(T) == 4) {
-      return __ldg(reinterpret_cast<const float4*>(row + column));
+      const uint4 v = load_16(row + column);
+      return make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z),
+                         __uint_as_float(v.w));
     } else {
-      const uint2 bits = load_pair(row + column);
+      const uint2 bits = load_8(row + column);
       const T* v = reinterpret_cast<const T*>(&bits);
       return make_float4(to_float(v[0]), to_float(v[1]), to_float(v[2]), to_float(v[3]));
     }
@@ -82,9 +86,9 @@ struct Block {
         p.meta + meta_offset(p, tile, group_of_step(p, block * 4 + lane % 4), lane / 4);
     meta = make_uint2(0, 0);
     if (p.symmetric) {
-      meta.x = __ldg(reinterpret_cast<const uint32_t*>(at));
+      meta.x = load_4(at);
     } else {
-      meta = load_pair(at);
+      meta = load_8(at);
     }
   }
   __device__ __forceinline__ uint32_t word(int i) const {
@@ -112,15 +116,13 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
   float scale[2] = {}, offset[2] = {};
   int group = -1;
   Block<kBits> next;
-  wait_for_previous_kernel();
   if (tile < p.tiles && warp_k < p.blocks) next.load(p, tile, warp_k, lane);
   for (int block = warp_k; tile < p.tiles && block < p.blocks; block += warps_k) {
     const Block<kBits> now = next;
     if (block + warps_k < p.blocks) next.load(p, tile, block + warps_k, lane);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      const int step_group =
-          step % kGroupSteps == 0 ? group_of_step(p, block * 4 + step) : group;
+      const int step_group = step % kGroupSteps == 0 ? group_of_step(p, block * 4 + step) : group;
       if (step % kGroupSteps == 0 && step_group != group) {
         group = step_group;
         const uint32_t first = __shfl_sync(0xFFFFFFFF, now.meta.x, lane / 4 * 4 + step);
@@ -163,7 +165,6 @@ __global__ void __launch_bounds__(kWarps * 32, 2)
       }
     }
   }
-  let_next_kernel_start();
 #pragma unroll
   for (int m = 0; m < kRows; ++m) {
 #pragma unroll
@@ -202,7 +203,7 @@ int launch(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
                       : p.groups == 1 || p.group_steps % 4 == 0
                           ? qlinear_simt_kernel<T, kBits, kRows, 4, true>
                           : qlinear_simt_kernel<T, kBits, kRows, 1, true>;
-  return launch_kernel(kernel, grid, kWarps * 32, 0, device, stream, p, warps_k);
+  return launch_kernel(kernel, grid, kWarps * 32, 0, false, stream, p, warps_k);
 }
 
 template <typename T, int kBits>

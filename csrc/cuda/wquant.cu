@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights into codes and back: round-to-nearest quantisation, packing to the mma16 layout of quant_format.h, and both
-// ways out of it. Bit for bit the rule of common/params.h: fp32 with true division, ties to even, never contracted.
+// Weights into codes and back: round-to-nearest quantisation, packing to the mma16 layout of
+// quant_format.h, and both ways out of it. Bit for bit the rule of common/params.h: fp32 with true
+// division, ties to even, never contracted.
 //
-//   rtn          one warp per row and group: minimum and maximum by shuffles, then the codes (the second read of w
-//                comes from cache)
-//   pack         one thread per 32-bit word of the packed buffer (8 or 4 codes), so writes are whole and in order
-//   unpack       one thread per code
-//   dequantize   one lane per 16-byte piece, as the products read it; rows of w come out in 32-byte runs or longer
+//   rtn          a warp per row and group: minimum and maximum by shuffles, then the codes (the
+//                second read of w comes from cache)
+//   pack         a thread per 32-bit word of the packed buffer (8 or 4 codes)
+//   unpack       a thread per code
+//   dequantize   a lane per 16-byte piece, as the products read it; rows of w are written in runs
+//                of 32 bytes or more
 //
-// All are bound by memory; they run when a model is loaded, except dequantize, which also feeds a dense product when
-// there are many activation rows: N * K * (bits / 8 + 2) bytes.
-#include "cuda/wquant.h"
-
+// All are bound by memory; they run when a model is loaded, except dequantize, which also feeds a
+// dense product when there are many activation rows: N * K * (bits / 8 + 2) bytes.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
@@ -21,6 +21,7 @@
 #include "cuda/device/copy.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/vec.cuh"
+#include "cuda/wquant.h"
 
 namespace kvopt::cuda {
 namespace {
@@ -70,9 +71,10 @@ __global__ void __launch_bounds__(kThreads) rtn_kernel(const RtnParams p) {
   }
   const __half stored = __float2half_rn(fmaxf(__half2float(__float2half_rn(wanted)), 0x1p-24f));
   const float scale = __half2float(stored);
-  const float zero = p.format.symmetric
-                         ? static_cast<float>(symmetric_zero(p.format))
-                         : fminf(fmaxf(rintf(__fdiv_rn(__fsub_rn(0.0f, low), scale)), 0.0f), levels);
+  const float zero =
+      p.format.symmetric
+          ? static_cast<float>(symmetric_zero(p.format))
+          : fminf(fmaxf(rintf(__fdiv_rn(__fsub_rn(0.0f, low), scale)), 0.0f), levels);
   for (int64_t column = begin + lane; column < end; column += 32) {
     const float code = __fadd_rn(rintf(__fdiv_rn(to_float(weight[column]), scale)), zero);
     p.codes[row * p.k + column] = static_cast<uint8_t>(fminf(fmaxf(code, 0.0f), levels));
@@ -136,9 +138,8 @@ __global__ void __launch_bounds__(kThreads) unpack_meta_kernel(const PackParams 
   if (index >= p.n * groups) return;
   const int64_t row = index / groups, group = index % groups;
   p.scale[index] = p.meta[mma16::scale_index(p.format, p.k, row, group)];
-  p.zero[index] = p.format.symmetric
-                      ? __half_as_ushort(__int2half_rn(symmetric_zero(p.format)))
-                      : p.meta[mma16::zero_index(p.format, p.k, row, group)];
+  p.zero[index] = p.format.symmetric ? __half_as_ushort(__int2half_rn(symmetric_zero(p.format)))
+                                     : p.meta[mma16::zero_index(p.format, p.k, row, group)];
 }
 
 // Four weights of one row from column `column` on.
@@ -198,9 +199,9 @@ __global__ void __launch_bounds__(kThreads)
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t code =
-            kBits == 4 ? words[step] >> (i / 2 * 8 + r * 4 + i % 2 * 16) & 15
-                       : words[(step * 2 + i / 2) % 4] >> (r * 16 + i % 2 * 8) & 255;
+        const uint32_t code = kBits == 4
+                                  ? words[step] >> (i / 2 * 8 + r * 4 + i % 2 * 16) & 15
+                                  : words[(step * 2 + i / 2) % 4] >> (r * 16 + i % 2 * 8) & 255;
         w[r][i] = __fmul_rn(scale, __fsub_rn(static_cast<float>(code), zero));
       }
     }

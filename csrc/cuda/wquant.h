@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantising, packing and unpacking weights on CUDA, bit for bit as on the CPU. Same conventions as qlinear.h.
+// Quantising, packing and unpacking weights on CUDA, bit for bit as on the CPU. Same conventions as
+// qlinear.h.
 #pragma once
 
 #include "common/params.h"

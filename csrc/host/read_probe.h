@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How fast this machine reads memory in order: the roof of every product that reads its weights once.
+// How fast this machine reads memory in order: the roof of every product that reads its weights
+// once.
 #pragma once
 
 #include <cstddef>

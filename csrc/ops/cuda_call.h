@@ -7,10 +7,10 @@
 
 #include "ops/checks.h"
 
-// Declared here, and weak, because torch's header hides it unless USE_CUDA is set and a torch without CUDA does not
-// define it: the module still loads there.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
+// Declared here, and weak, because torch's header hides it unless USE_CUDA is set and a torch
+// without CUDA does not define it: the module still loads there.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace kvopt::ops {
 
@@ -26,8 +26,8 @@ class CudaCall {
   void* stream() const { return stream_; }
 
   static void check(int error, const char* op) {
-    STD_TORCH_CHECK(error == 0, op, ": CUDA error: ",
-                    cudaGetErrorString(static_cast<cudaError_t>(error)));
+    STD_TORCH_CHECK(error == 0, op,
+                    ": CUDA error: ", cudaGetErrorString(static_cast<cudaError_t>(error)));
   }
 
  private:

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every operator function, per device, as registration.cpp registers it. Schemas and meanings stand there.
+// Every operator function, per device, as registration.cpp registers it. Schemas and meanings stand
+// there.
 #pragma once
 
 #include <tuple>

@@ -20,16 +20,16 @@ Tensor qlinear_cpu(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> b
     p.workspace = workspace.mutable_data_ptr();
   }
 
-  // A thread must have enough to read that waking it (some microseconds) pays: about 128 KiB of weights at M = 1.
+  // A thread must have enough to read that waking it (some microseconds) pays: about 128 KiB of
+  // weights at M = 1.
   constexpr int64_t kGrainBytes = 128 << 10;
   constexpr int64_t kGrainElements = 1 << 15;
-  torch::stable::parallel_for(
-      0, p.m, std::max<int64_t>(1, kGrainElements / p.k),
-      [&](int64_t begin, int64_t end) { kernels.prepare(p, begin, end); });
+  torch::stable::parallel_for(0, p.m, std::max<int64_t>(1, kGrainElements / p.k),
+                              [&](int64_t begin, int64_t end) { kernels.prepare(p, begin, end); });
   const int64_t work_per_tile = tile32::tile_bytes(p.format, p.k) * std::max<int64_t>(1, p.m / 4);
-  torch::stable::parallel_for(
-      0, ceil_div(p.n, tile32::kRows), std::max<int64_t>(1, kGrainBytes / work_per_tile),
-      [&](int64_t begin, int64_t end) { kernels.run(p, begin, end); });
+  torch::stable::parallel_for(0, ceil_div(p.n, tile32::kRows),
+                              std::max<int64_t>(1, kGrainBytes / work_per_tile),
+                              [&](int64_t begin, int64_t end) { kernels.run(p, begin, end); });
   return c.y;
 }
 

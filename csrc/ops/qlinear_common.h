@@ -15,9 +15,11 @@ inline QLinearCall make_qlinear(const Tensor& x_in, const Tensor& packed, const 
                                 const std::optional<Tensor>& bias, int64_t n, int64_t bits,
                                 int64_t group_size, bool symmetric, const Layout& layout) {
   const char* op = "qlinear";
-  STD_TORCH_CHECK(x_in.dim() >= 1, op, ": x must have at least one dimension (..., K), got a scalar");
+  STD_TORCH_CHECK(x_in.dim() >= 1, op,
+                  ": x must have at least one dimension (..., K), got a scalar");
   const int64_t k = x_in.size(-1);
-  const QuantFormat format = check_packed(packed, meta, n, k, bits, group_size, symmetric, layout, op);
+  const QuantFormat format =
+      check_packed(packed, meta, n, k, bits, group_size, symmetric, layout, op);
   const DType dtype = kernel_dtype(x_in.scalar_type(), op, "x");
   check_same_device(packed, x_in, op, "packed");
   if (bias.has_value()) {

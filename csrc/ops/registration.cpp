@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every operator's schema and its implementation per device; fake implementations are in python/kvopt/_library.py.
+// Every operator's schema and its implementation per device; fake implementations are in
+// python/kvopt/_library.py.
 //
-// Weights (N, K). A format is (bits, group_size, symmetric) as in common/quant_format.h; group_size = K is one group
-// per row. `packed` (uint8) and `meta` (int16, fp16 bit patterns) are in the layout of their device.
+// Weights (N, K). A format is (bits, group_size, symmetric) as in common/quant_format.h; group_size
+// = K is one group per row. `packed` (uint8) and `meta` (int16, fp16 bit patterns) are in the
+// layout of their device.
 #ifndef Py_LIMITED_API
 #define Py_LIMITED_API 0x030A0000  // Python 3.10
 #endif
@@ -14,13 +16,16 @@ using namespace kvopt::ops;
 
 STABLE_TORCH_LIBRARY(kvopt, m) {
   m.def(
-      "qlinear(Tensor x, Tensor packed, Tensor meta, Tensor? bias, int n, int bits, int group_size, "
+      "qlinear(Tensor x, Tensor packed, Tensor meta, Tensor? bias, int n, int bits, int "
+      "group_size, "
       "bool symmetric) -> Tensor");
   m.def(
-      "wquant_rtn(Tensor weight, int bits, int group_size, bool symmetric) -> (Tensor codes, Tensor "
+      "wquant_rtn(Tensor weight, int bits, int group_size, bool symmetric) -> (Tensor codes, "
+      "Tensor "
       "scale, Tensor zero)");
   m.def(
-      "wquant_pack(Tensor codes, Tensor scale, Tensor zero, int bits, int group_size, bool symmetric) "
+      "wquant_pack(Tensor codes, Tensor scale, Tensor zero, int bits, int group_size, bool "
+      "symmetric) "
       "-> (Tensor packed, Tensor meta)");
   m.def(
       "wquant_unpack(Tensor packed, Tensor meta, int n, int k, int bits, int group_size, bool "
@@ -48,10 +53,11 @@ STABLE_TORCH_LIBRARY_IMPL(kvopt, CUDA, m) {
 }
 #endif
 
-// `import kvopt._ops` loads the library, which registers the operators, and tells what it was built with.
+// `import kvopt._ops` loads the library, which registers the operators, and tells what it was built
+// with.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__ops() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_ops", nullptr, -1, nullptr,
-                                   nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_ops", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   PyModule_AddStringConstant(module, "cuda_archs", KVOPT_CUDA_ARCHS);

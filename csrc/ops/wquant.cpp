@@ -6,7 +6,8 @@
 namespace kvopt::ops {
 namespace {
 
-// Runs `work(row_begin, row_end)` over tiles of rows on torch's threads; ranges start at a multiple of a tile.
+// Runs `work(row_begin, row_end)` over tiles of rows on torch's threads; ranges start at a multiple
+// of a tile.
 template <typename Work>
 void over_row_tiles(int64_t n, int64_t k, const Work& work) {
   constexpr int64_t kGrainElements = 1 << 16;
@@ -37,13 +38,15 @@ Pair wquant_pack_cpu(Tensor codes, Tensor scale, Tensor zero, int64_t bits, int6
 Triple wquant_unpack_cpu(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
                          int64_t group_size, bool symmetric) {
   PackCall c = make_unpack(packed, meta, n, k, bits, group_size, symmetric, kTile32);
-  over_row_tiles(n, k, [&](int64_t begin, int64_t end) { cpu::wquant_unpack(c.params, begin, end); });
+  over_row_tiles(n, k,
+                 [&](int64_t begin, int64_t end) { cpu::wquant_unpack(c.params, begin, end); });
   return {c.codes, c.scale, c.zero};
 }
 
 Tensor wquant_dequantize_cpu(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
                              int64_t group_size, bool symmetric, ScalarType dtype) {
-  DequantizeCall c = make_dequantize(packed, meta, n, k, bits, group_size, symmetric, dtype, kTile32);
+  DequantizeCall c =
+      make_dequantize(packed, meta, n, k, bits, group_size, symmetric, dtype, kTile32);
   over_row_tiles(n, k,
                  [&](int64_t begin, int64_t end) { cpu::wquant_dequantize(c.params, begin, end); });
   return c.weight;

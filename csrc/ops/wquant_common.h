@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the wquant operators that does not depend on the device: validate, allocate, describe to the kernel.
-// `layout` is tile32 or mma16 of quant_format.h, given as its two size functions.
+// The part of the wquant operators that does not depend on the device: validate, allocate, describe
+// to the kernel. `layout` is tile32 or mma16 of quant_format.h, given as its two size functions.
 #pragma once
 
 #include "ops/ops.h"
@@ -59,8 +59,8 @@ inline PackParams pack_params(const PackCall& c, int64_t n, int64_t k, const Qua
           static_cast<uint16_t*>(c.meta.mutable_data_ptr())};
 }
 
-inline PackCall make_pack(const Tensor& codes, const Tensor& scale, const Tensor& zero, int64_t bits,
-                          int64_t group_size, bool symmetric, const Layout& layout) {
+inline PackCall make_pack(const Tensor& codes, const Tensor& scale, const Tensor& zero,
+                          int64_t bits, int64_t group_size, bool symmetric, const Layout& layout) {
   const char* op = "wquant_pack";
   STD_TORCH_CHECK(codes.dim() == 2, op, ": codes must be 2-dimensional (N, K), got ", codes.dim(),
                   " dimensions");
@@ -74,16 +74,18 @@ inline PackCall make_pack(const Tensor& codes, const Tensor& scale, const Tensor
   check_shape(zero, {n, groups}, op, "zero");
   check_same_device(scale, codes, op, "scale");
   check_same_device(zero, codes, op, "zero");
-  Tensor packed = torch::stable::new_empty(codes, {layout.packed_bytes(format, n, k)}, ScalarType::Byte);
-  Tensor meta = torch::stable::new_empty(codes, {layout.meta_count(format, n, k)}, ScalarType::Short);
+  Tensor packed =
+      torch::stable::new_empty(codes, {layout.packed_bytes(format, n, k)}, ScalarType::Byte);
+  Tensor meta =
+      torch::stable::new_empty(codes, {layout.meta_count(format, n, k)}, ScalarType::Short);
   PackCall c{codes, scale, zero, packed, meta, {}};
   c.params = pack_params(c, n, k, format);
   return c;
 }
 
 inline QuantFormat check_packed(const Tensor& packed, const Tensor& meta, int64_t n, int64_t k,
-                                int64_t bits, int64_t group_size, bool symmetric, const Layout& layout,
-                                const char* op) {
+                                int64_t bits, int64_t group_size, bool symmetric,
+                                const Layout& layout, const char* op) {
   const QuantFormat format = check_format(bits, group_size, symmetric, n, k, op);
   check_type(packed, ScalarType::Byte, "uint8", op, "packed");
   check_type(meta, ScalarType::Short, "int16 (fp16 bit patterns)", op, "meta");
@@ -93,8 +95,9 @@ inline QuantFormat check_packed(const Tensor& packed, const Tensor& meta, int64_
   return format;
 }
 
-inline PackCall make_unpack(const Tensor& packed, const Tensor& meta, int64_t n, int64_t k, int64_t bits,
-                            int64_t group_size, bool symmetric, const Layout& layout) {
+inline PackCall make_unpack(const Tensor& packed, const Tensor& meta, int64_t n, int64_t k,
+                            int64_t bits, int64_t group_size, bool symmetric,
+                            const Layout& layout) {
   const QuantFormat format =
       check_packed(packed, meta, n, k, bits, group_size, symmetric, layout, "wquant_unpack");
   const int64_t groups = group_count(format, k);
@@ -111,11 +114,12 @@ struct DequantizeCall {
   DequantizeParams params;
 };
 
-inline DequantizeCall make_dequantize(const Tensor& packed, const Tensor& meta, int64_t n, int64_t k,
-                                      int64_t bits, int64_t group_size, bool symmetric,
+inline DequantizeCall make_dequantize(const Tensor& packed, const Tensor& meta, int64_t n,
+                                      int64_t k, int64_t bits, int64_t group_size, bool symmetric,
                                       ScalarType dtype, const Layout& layout) {
   const char* op = "wquant_dequantize";
-  const QuantFormat format = check_packed(packed, meta, n, k, bits, group_size, symmetric, layout, op);
+  const QuantFormat format =
+      check_packed(packed, meta, n, k, bits, group_size, symmetric, layout, op);
   const DType kernel_type = kernel_dtype(dtype, op, "dtype");
   Tensor weight = torch::stable::new_empty(packed, {n, k}, dtype);
   return {weight,

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/wquant.h"
-
 #include "ops/cuda_call.h"
 #include "ops/wquant_common.h"
 
@@ -32,7 +31,8 @@ Triple wquant_unpack_cuda(Tensor packed, Tensor meta, int64_t n, int64_t k, int6
 Tensor wquant_dequantize_cuda(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
                               int64_t group_size, bool symmetric, ScalarType dtype) {
   CudaCall call(packed);
-  DequantizeCall c = make_dequantize(packed, meta, n, k, bits, group_size, symmetric, dtype, kMma16);
+  DequantizeCall c =
+      make_dequantize(packed, meta, n, k, bits, group_size, symmetric, dtype, kMma16);
   CudaCall::check(cuda::wquant_dequantize(c.params, call.stream()), "wquant_dequantize");
   return c.weight;
 }

@@ -50,7 +50,7 @@ _HOME = {
     "quantize_weight": "kvopt.weights",
     "register_policy": "kvopt.cache",
 }
-_SUBMODULES = ("cache", "eval", "experiments", "models", "ops", "reference", "weights")
+_SUBMODULES = ("assets", "cache", "eval", "experiments", "models", "ops", "reference", "weights")
 
 __all__ = [
     "Cache",

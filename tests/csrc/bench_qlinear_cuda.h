@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times of the quantised product beside cuBLAS in fp16, in one process.
 //
-// Copies of the weight rotate (more than 200 MB together, so nothing survives in L2), the calls over all copies are
-// captured in one graph, the graphs of all contenders are replayed in turn, and the median replay counts. cuBLAS is
-// looked up at run time; without it the ratio is left out. Columns: microseconds a call, GB/s of weight bytes
-// (with scales), ratio to cuBLAS fp16.
+// Copies of the weight rotate (more than 200 MB together, so nothing survives in L2), the calls
+// over all copies are captured in one graph, the graphs of all contenders are replayed in turn, and
+// the median replay counts. cuBLAS is looked up at run time; without it the ratio is left out.
+// Columns: microseconds a call, GB/s of weight bytes (with scales), ratio to cuBLAS fp16.
 #pragma once
 
 #include <dlfcn.h>
@@ -41,8 +41,8 @@ class Cublas {
     const float one = 1, zero = 0;
     int status = set_stream_(handle_, stream);
     status |= set_workspace_(handle_, workspace.get(), workspace.size());
-    status |= gemm_(handle_, /*T*/ 1, /*N*/ 0, n, m, k, &one, w, CUDA_R_16F, k, x, CUDA_R_16F, k, &zero,
-                    y, CUDA_R_16F, n, /*CUBLAS_COMPUTE_32F*/ 68, /*default*/ -1);
+    status |= gemm_(handle_, /*T*/ 1, /*N*/ 0, n, m, k, &one, w, CUDA_R_16F, k, x, CUDA_R_16F, k,
+                    &zero, y, CUDA_R_16F, n, /*CUBLAS_COMPUTE_32F*/ 68, /*default*/ -1);
     if (status != 0) {
       std::fprintf(stderr, "cuBLAS status %d\n", status);
       std::exit(2);
@@ -60,13 +60,14 @@ class Cublas {
   int (*set_stream_)(void*, cudaStream_t) = nullptr;
   int (*set_workspace_)(void*, void*, size_t) = nullptr;
   int (*gemm_)(void*, int, int, int, int, int, const void*, const void*, cudaDataType, int,
-               const void*, cudaDataType, int, const void*, void*, cudaDataType, int, int, int) =
-      nullptr;
+               const void*, cudaDataType, int, const void*, void*, cudaDataType, int, int,
+               int) = nullptr;
 };
 
 __global__ void fill_kernel(uint32_t* data, size_t words, uint32_t mask, uint32_t bits) {
   const size_t stride = static_cast<size_t>(gridDim.x) * blockDim.x;
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < words; i += stride) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < words;
+       i += stride) {
     uint32_t v = static_cast<uint32_t>(i) * 2654435761u;
     v = (v ^ (v >> 15)) * 2246822519u;
     v = (v ^ (v >> 13)) * 3266489917u;
@@ -90,7 +91,7 @@ inline int bench() {
     fill_kernel<<<1024, 256>>>(reinterpret_cast<uint32_t*>(b.get()), b.size() / 4, mask, bits);
     CHECK_CUDA(cudaGetLastError());
   };
-  fill(dense, 0x8FFF8FFF, 0x20002000);      // fp16 of random sign, 2^-7 .. 2^-4
+  fill(dense, 0x8FFF8FFF, 0x20002000);  // fp16 of random sign, 2^-7 .. 2^-4
   fill(packed, 0xFFFFFFFF, 0);
   fill(meta_asym, 0x000003FF, 0x48002000);  // {random scale, zero 8}
   fill(meta_sym, 0x03FF03FF, 0x20002000);
@@ -100,38 +101,45 @@ inline int bench() {
   CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   CHECK_CUDA(cudaDeviceSynchronize());
   Cublas cublas;
-  std::printf("%-6s %-6s %5s  %-22s %9s %8s %7s\n", "N", "K", "M", "contender", "us", "GB/s", "ratio");
+  std::printf("%-6s %-6s %5s  %-22s %9s %8s %7s\n", "N", "K", "M", "contender", "us", "GB/s",
+              "ratio");
 
   const int all_ms[] = {1, 2, 4, 6, 8, 9, 16, 32, 64, 128, 256, 512};
   const int sizes[][2] = {{28672, 4096}, {4096, 4096}, {2048, 2048}, {16384, 2048}, {4096, 14336}};
-  const char* only = std::getenv("KVOPT_BENCH_M");  // a list such as "1,16"; KVOPT_BENCH_NAME: part of a name
+  const char* only =
+      std::getenv("KVOPT_BENCH_M");  // a list such as "1,16"; KVOPT_BENCH_NAME: part of a name
   for (const auto& size : sizes) {
     const int n = size[0], k = size[1];
     for (const int m : all_ms) {
-      if (only != nullptr && ("," + std::string(only) + ",").find("," + std::to_string(m) + ",") == std::string::npos) {
+      if (only != nullptr && ("," + std::string(only) + ",").find("," + std::to_string(m) + ",") ==
+                                 std::string::npos) {
         continue;
       }
       std::vector<Contender> contenders;
       if (cublas.available()) {
         contenders.push_back({"cuBLAS fp16", 2.0 * n * k, [&, n, k, m](int copy, cudaStream_t s) {
-                                cublas.linear(x.get(), dense.get() + 2ull * copy * n * k, y.get(), m, n, k, s);
+                                cublas.linear(x.get(), dense.get() + 2ull * copy * n * k, y.get(),
+                                              m, n, k, s);
                               }});
       }
       const auto add = [&](const char* name, QuantFormat f, DType dtype) {
         const int64_t bytes = mma16::packed_bytes(f, n, k), metas = mma16::meta_count(f, n, k) * 2;
-        contenders.push_back({name, static_cast<double>(bytes + metas), [=, &x, &y, &packed, &meta_asym, &meta_sym](int copy, cudaStream_t s) {
-                                QLinearParams p{};
-                                p.m = m;
-                                p.n = n;
-                                p.k = k;
-                                p.dtype = dtype;
-                                p.format = f;
-                                p.x = x.get();
-                                p.packed = packed.get() + copy * bytes;
-                                p.meta = reinterpret_cast<const uint16_t*>((f.symmetric ? meta_sym : meta_asym).get() + copy * metas);
-                                p.y = y.get();
-                                CHECK_CUDA(cuda::qlinear(p, s));
-                              }});
+        contenders.push_back(
+            {name, static_cast<double>(bytes + metas),
+             [=, &x, &y, &packed, &meta_asym, &meta_sym](int copy, cudaStream_t s) {
+               QLinearParams p{};
+               p.m = m;
+               p.n = n;
+               p.k = k;
+               p.dtype = dtype;
+               p.format = f;
+               p.x = x.get();
+               p.packed = packed.get() + copy * bytes;
+               p.meta = reinterpret_cast<const uint16_t*>(
+                   (f.symmetric ? meta_sym : meta_asym).get() + copy * metas);
+               p.y = y.get();
+               CHECK_CUDA(cuda::qlinear(p, s));
+             }});
       };
       add("w4 g128 asym fp16", {4, 128, false}, DType::kFloat16);
       add("w8 channel sym fp16", {8, k, true}, DType::kFloat16);
@@ -144,12 +152,20 @@ inline int bench() {
       if (m >= 64 && cublas.available()) {
         const QuantFormat f{4, 128, false};
         const int64_t bytes = mma16::packed_bytes(f, n, k), metas = mma16::meta_count(f, n, k) * 2;
-        contenders.push_back({"w4 dequantise + cuBLAS", static_cast<double>(bytes + metas), [=, &x, &y, &packed, &meta_asym, &dequantised, &cublas](int copy, cudaStream_t s) {
-                                const DequantizeParams d{n, k, DType::kFloat16, f, packed.get() + copy * bytes,
-                                                         reinterpret_cast<const uint16_t*>(meta_asym.get() + copy * metas), dequantised.get()};
-                                CHECK_CUDA(cuda::wquant_dequantize(d, s));
-                                cublas.linear(x.get(), dequantised.get(), y.get(), m, n, k, s);
-                              }});
+        contenders.push_back(
+            {"w4 dequantise + cuBLAS", static_cast<double>(bytes + metas),
+             [=, &x, &y, &packed, &meta_asym, &dequantised, &cublas](int copy, cudaStream_t s) {
+               const DequantizeParams d{
+                   n,
+                   k,
+                   DType::kFloat16,
+                   f,
+                   packed.get() + copy * bytes,
+                   reinterpret_cast<const uint16_t*>(meta_asym.get() + copy * metas),
+                   dequantised.get()};
+               CHECK_CUDA(cuda::wquant_dequantize(d, s));
+               cublas.linear(x.get(), dequantised.get(), y.get(), m, n, k, s);
+             }});
       }
       if (const char* wanted = std::getenv("KVOPT_BENCH_NAME")) {
         std::erase_if(contenders, [&](const Contender& c) {
@@ -157,7 +173,8 @@ inline int bench() {
         });
       }
       for (Contender& c : contenders) {
-        c.copies = std::max(2, static_cast<int>(std::min(240e6 / c.bytes + 1, static_cast<double>(kPool) / c.bytes)));
+        c.copies = std::max(2, static_cast<int>(std::min(240e6 / c.bytes + 1,
+                                                         static_cast<double>(kPool) / c.bytes)));
         const int calls = std::max(c.copies, 20);
         c.call(0, stream);
         CHECK_CUDA(cudaStreamSynchronize(stream));

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA test programs share: checked calls, device buffers, seeded random numbers, host-side types.
+// What the CUDA test programs share: checked calls, device buffers, seeded random numbers,
+// host-side types.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,14 +17,14 @@
 
 #include "common/params.h"
 
-#define CHECK_CUDA(call)                                                               \
-  do {                                                                                 \
-    const int check_error = static_cast<int>(call);                                    \
-    if (check_error != 0) {                                                            \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call,               \
-                   cudaGetErrorString(static_cast<cudaError_t>(check_error)));         \
-      std::exit(2);                                                                    \
-    }                                                                                  \
+#define CHECK_CUDA(call)                                                       \
+  do {                                                                         \
+    const int check_error = static_cast<int>(call);                            \
+    if (check_error != 0) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call,       \
+                   cudaGetErrorString(static_cast<cudaError_t>(check_error))); \
+      std::exit(2);                                                            \
+    }                                                                          \
   } while (0)
 
 namespace kvopt::test {

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import kvopt
-from kvopt.models.load import _ASSETS, find_model
+from kvopt import assets
+from kvopt.models.load import find_model
 
-EMBEDDED = _ASSETS / "llama-6m"
+EMBEDDED = assets.path("llama-6m")
 
 
 def test_embedded_model_loads_and_speaks():

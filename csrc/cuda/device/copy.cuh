@@ -1,22 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loads that say what they are for: weights are read once and skip L1; shared memory is filled asynchronously.
+// Loads that say what they are for: weights are read once and skip L1; shared memory is filled
+// asynchronously.
 #pragma once
 
 #include <cstdint>
 
 namespace kvopt::cuda {
 
+// All loads here are ordinary ones, never ld.global.nc: the compiler may move those above
+// wait_for_previous_kernel().
+
 // 16 bytes that no other warp will read: leave L1 to the activations.
 __device__ __forceinline__ uint4 load_stream(const void* address) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(address));
+               : "l"(address)
+               : "memory");
   return v;
 }
 
-__device__ __forceinline__ uint2 load_pair(const void* address) {
-  return __ldg(static_cast<const uint2*>(address));
+__device__ __forceinline__ uint4 load_16(const void* address) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_8(const void* address) {
+  uint2 v;
+  asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint32_t load_4(const void* address) {
+  uint32_t v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {

@@ -1,18 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes to tensor-core operands: q - z, exact to one rounding of the operand type, in one mask and one fma a pair.
+// Codes to tensor-core operands: q - z, exact to one rounding of the operand type, in one mask and
+// one fma a pair.
 //
-// A code shifted into the low bits of a 16-bit float *is* a subnormal number: as fp16 the bits v < 2048 mean
-// v * 2^-24, as bf16 the bits v < 256 mean v * 2^-133 (the first binade continues the subnormals without a seam). So
-//     fma(bits(q << s), 2^(big - s), -z * unit) = (q - z) * unit          unit = 2^-9 (fp16), 2^-6 (bf16)
-// with one rounding, of the result. fp16 and bf16 fma keep subnormals at full speed on every chip since sm_75 / sm_80.
-// The usual 0x6400 trick would need z to be an integer; this one takes any z, and costs the same. `unit` joins the
-// scale, in fp32.
+// A code in the low bits of a 16-bit float *is* a subnormal number: as fp16 the bits v < 2048 mean
+// v * 2^-24, as bf16 the bits v < 256 mean v * 2^-133 (the first binade continues the subnormals
+// without a seam). So, with unit = 2^-9 (fp16) or 2^-6 (bf16),
 //
-// bf16 cannot hold every fp16 zero point, so z = z_hi + z_lo with z_hi an integer: q - z_hi is exact, and z_lo (zero
-// for integer zero points, which is the usual case; then the step is skipped) is subtracted with the one rounding. All
-// q - z of a row have the same fraction and would all be rounded the same way, which activations with a mean would
-// notice; so that step also multiplies by an odd factor (taken back in the scale), and the roundings scatter as those of
-// scale * (q - z) do in a dequantised weight.
+//     fma(bits of q << s, 2^(big - s), -z * unit) = (q - z) * unit
+//
+// with one rounding, of the result. fp16 and bf16 fma keep subnormals at full speed on every chip
+// since sm_75 / sm_80. The usual 0x6400 trick would need z to be an integer; this one takes any z,
+// and costs the same. `unit` joins the scale, in fp32.
+//
+// bf16 cannot hold every fp16 zero point, so z = z_hi + z_lo with z_hi an integer: q - z_hi is
+// exact, and z_lo (zero for integer zero points, which is the usual case; then the step is skipped)
+// is subtracted with the one rounding. All q - z of a row have the same fraction and would all be
+// rounded the same way, which activations with a mean would notice; so that step also multiplies by
+// an odd factor (taken back in the scale), and the roundings scatter as those of scale * (q - z) do
+// in a dequantised weight.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -65,8 +70,8 @@ struct Operand<__half> {
 
 template <>
 struct Operand<__nv_bfloat16> {
-  static constexpr uint32_t kLow = 0x7F007F00;   // 2^127
-  static constexpr uint32_t kHigh = 0x7D007D00;  // 2^123
+  static constexpr uint32_t kLow = 0x7F007F00;         // 2^127
+  static constexpr uint32_t kHigh = 0x7D007D00;        // 2^123
   static constexpr uint32_t kRestFactor = 0x3FAB3FAB;  // 171 / 128
   static constexpr float kRestScale = 128.0f / 171.0f;
   static constexpr float kScale = 64.0f;  // 1 / unit

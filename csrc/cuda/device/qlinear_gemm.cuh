@@ -1,224 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
-// y (M, N) = x (M, K) w^T for M > 8: a tiled product on mma.sync, codes turned into operands in registers.
+// y (M, N) = x (M, K) w^T for more rows: a tiled product on mma.sync, codes turned into operands in
+// registers.
 //
-//                    K: chunks of 64 * kWarpsK columns, kStages of them in shared memory (cp.async)
-//   x   (8 * kFragments rows)   ─► B fragments, read by every warp
-//   w   (16 * kTiles * kWarpsN rows; a warp owns kTiles tiles and every kWarpsK-th block of 64 columns)
-//       codes pass through shared memory only to be in flight early: a lane reads back its own 16 bytes
+//   block    8 * kFragments rows of x   x   16 * kTiles * kWarpsN rows of w,  8 warps
+//   warp     all those rows of x, kTiles tiles of w, every kWarpsK-th share of a chunk's columns
+//   K        in chunks of kWarpsK * 128 columns (64 for 8 bits), two to four in shared memory
 //
-// Each code is turned into (q - z) once per block and meets kFragments * 8 rows of x. Group scales: the accumulators
-// are kept in units of the current group's scale, so a new group costs one multiplication by s_old / s_new per
-// accumulator and no second set of them; a zero scale zeroes the operand instead. Warps that share rows add their
-// sums in shared memory, in order; then bias, one rounding, coalesced rows of y.
+// x is read from shared memory by every warp, as B fragments; codes pass through it only to be in
+// flight early (cp.async): a lane reads back its own 16 bytes. Each code is turned into (q - z)
+// once per block and meets all rows of x. Group scales: the accumulators are kept in units of the
+// current group's scale, so a new group costs one multiplication by s_old / s_new per accumulator
+// and no second set of them; a zero scale zeroes the operand instead. Warps that share rows of w
+// add their sums in shared memory, in order; then bias, one rounding, coalesced rows of y.
 //
-// Bytes: the codes ceil(M / (8 kFragments)) times, x N / (16 kTiles kWarpsN) times (from L2). Bound: memory up to
-// M of about 64, then mma.sync (some 62 % of Hopper's dense peak, which only wgmma reaches).
-// Limits: sm_75 has no cp.async: there the next chunk waits in registers while one is used, and two stages suffice.
+// Bytes: the codes ceil(M / (8 kFragments)) times, x N / (16 kTiles kWarpsN) times, from L2. Bound:
+// memory up to M of about 32, then mma.sync (on Hopper half of what wgmma reaches).
+// Limits: sm_75 has no cp.async: there the next chunk waits in registers while one is used.
 #pragma once
 
 #include <algorithm>
 #include <iterator>
 
-#include "cuda/device/copy.cuh"
 #include "cuda/device/dequant.cuh"
 #include "cuda/device/mma.cuh"
+#include "cuda/device/qlinear_gemm_loader.cuh"
 #include "cuda/device/qlinear_problem.cuh"
 #include "cuda/device/vec.cuh"
 
 namespace kvopt::cuda {
 namespace gemm {
-
-template <int kFragments_, int kTiles_, int kWarpsN_, int kWarpsK_, bool kSm75_ = false>
-struct Shape {
-  static constexpr int kFragments = kFragments_;  // of 8 rows of x
-  static constexpr int kTiles = kTiles_;          // of 16 rows of w, per warp
-  static constexpr int kWarpsN = kWarpsN_;
-  static constexpr int kWarpsK = kWarpsK_;
-  // Two blocks on a multiprocessor hide each other's barriers; larger tiles need the registers of both.
-  static constexpr int kResident = kTiles * kFragments <= 8 ? 2 : 1;
-  static constexpr bool kSm75 = kSm75_;  // fits the 64 KB of shared memory of sm_75
-  static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
-  static constexpr int kRowsX = 8 * kFragments;
-  static constexpr int kRowsW = 16 * kTiles * kWarpsN;
-};
-
-// A chunk of K and how it lies in a stage of shared memory: x, codes, group parameters. A warp's share is two 16-byte
-// loads a lane and tile: two blocks of 64 columns for 4 bits, one for 8. kGroupSteps: 4 when a block of 64 columns lies
-// in one group, else 1.
-template <typename S, int kBits, int kGroupSteps_>
-struct Chunk {
-  static constexpr int kGroupSteps = kGroupSteps_;
-  static constexpr int kLoads = 2;
-  static constexpr int kBlocks = kBits == 4 ? 2 : 1;  // of 64 columns, per warp
-  static constexpr int kWarpColumns = kBlockColumns * kBlocks;
-  static constexpr int kColumns = kWarpColumns * S::kWarpsK;
-  static constexpr int kStrideX = kColumns + 16;  // elements; 32 bytes more: see gemv
-  static constexpr int kMetas = kBlocks * 4 / kGroupSteps;
-  static constexpr int kMetaRounds = (kMetas + 1) / 2;  // half a warp copies one group's parameters
-  static constexpr int kWarps = S::kWarpsN * S::kWarpsK;
-  static constexpr int kPieceColumns = kColumns / 8;  // 16-byte pieces in a row of x
-  static constexpr int kPieceRows = S::kThreads / kPieceColumns;
-  static constexpr int kPieces = S::kRowsX / kPieceRows;  // per thread
-  static_assert(S::kThreads % kPieceColumns == 0 && S::kRowsX % kPieceRows == 0);
-
-  static constexpr int kCodes = S::kRowsX * kStrideX * 2;  // byte offsets in a stage
-  static constexpr int kMeta = kCodes + kWarps * S::kTiles * kLoads * 512;
-  static constexpr int kBytes = kMeta + kWarps * S::kTiles * kMetaRounds * 2 * 64;
-
-  static constexpr int kSlice = S::kRowsX < 32 ? S::kRowsX : 32;  // rows of x per round of the epilogue
-  static constexpr int kStrideOut = S::kRowsW + 4;
-  static constexpr int kBytesOut = S::kWarpsK * kSlice * kStrideOut * 4;
-  KVOPT_HOST_DEVICE static constexpr int shared_bytes(int stages) {
-    return stages * kBytes > kBytesOut ? stages * kBytes : kBytesOut;
-  }
-};
-
-// A thread's share of the copying, chunk after chunk.
-template <typename T, int kBits, typename S, typename C>
-class Loader {
- public:
-  __device__ __forceinline__ Loader(const QLinearProblem& p, int row0, int tile0, int warp_k)
-      : p_(p) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int piece_row = threadIdx.x / C::kPieceColumns;
-    column_ = threadIdx.x % C::kPieceColumns * 8;
-    x_ = static_cast<const T*>(p.x) + static_cast<int64_t>(row0 + piece_row) * p.k + column_;
-    x_rows_ = p.m - row0 - piece_row;
-    x_slot_ = (piece_row * C::kStrideX + column_) * 2;
-    block_ = warp_k * C::kBlocks;
-    tiles_ = p.tiles - tile0;
-    codes_ = p.packed + tile0 * p.tile_bytes + block_ * (kBits / 4 * 512) + lane * 16;
-    codes_slot_ = C::kCodes + warp * (S::kTiles * C::kLoads * 512) + lane * 16;
-    words_ = p.symmetric ? 8 : 16;
-    const int64_t first = static_cast<int64_t>(tile0) * p.groups * words_ + lane % 16;
-    meta_ = reinterpret_cast<const uint32_t*>(p.meta) + first;
-    meta_slot_ = C::kMeta + warp * (S::kTiles * C::kMetaRounds * 128) + lane * 4;
-  }
-
-#if __CUDA_ARCH__ >= 800
-  // Starts the copies of the next chunk.
-  __device__ __forceinline__ void fetch(unsigned char* stage) {
-#pragma unroll
-    for (int r = 0; r < S::kTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < C::kLoads; ++i) {
-        copy_async_16(stage + codes_slot_ + (r * C::kLoads + i) * 512,
-                      codes_ + r * p_.tile_bytes + i * 512, holds_codes(r, i) ? 16 : 0);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < C::kMetaRounds; ++i) {
-      const int64_t offset = meta_offset(i);
-#pragma unroll
-      for (int r = 0; r < S::kTiles; ++r) {
-        if (holds_meta(r, i)) {
-          copy_async_4(stage + meta_slot_ + (r * C::kMetaRounds + i) * 128,
-                       meta_ + offset + r * p_.groups * words_);
-        }
-      }
-    }
-    if (p_.aligned) {
-#pragma unroll
-      for (int i = 0; i < C::kPieces; ++i) {
-        copy_async_16(stage + x_slot_ + i * (C::kPieceRows * C::kStrideX * 2),
-                      x_ + static_cast<int64_t>(i * C::kPieceRows) * p_.k, holds_x(i) ? 16 : 0);
-      }
-    } else {
-      for (int i = 0; i < C::kPieces; ++i) {
-        *reinterpret_cast<uint4*>(stage + x_slot_ + i * (C::kPieceRows * C::kStrideX * 2)) =
-            read_x(i);
-      }
-    }
-    advance();
-  }
-#else
-  // The next chunk into registers, and from there to its stage.
-  __device__ __forceinline__ void hold() {
-#pragma unroll
-    for (int r = 0; r < S::kTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < C::kLoads; ++i) {
-        held_codes_[r][i] = holds_codes(r, i)
-                                ? load_stream(codes_ + r * p_.tile_bytes + i * 512)
-                                : make_uint4(0, 0, 0, 0);
-      }
-#pragma unroll
-      for (int i = 0; i < C::kMetaRounds; ++i) {
-        held_meta_[r][i] =
-            holds_meta(r, i) ? __ldg(meta_ + meta_offset(i) + r * p_.groups * words_) : 0;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < C::kPieces; ++i) held_x_[i] = read_x(i);
-    advance();
-  }
-  __device__ __forceinline__ void release(unsigned char* stage) const {
-#pragma unroll
-    for (int r = 0; r < S::kTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < C::kLoads; ++i) {
-        *reinterpret_cast<uint4*>(stage + codes_slot_ + (r * C::kLoads + i) * 512) =
-            held_codes_[r][i];
-      }
-#pragma unroll
-      for (int i = 0; i < C::kMetaRounds; ++i) {
-        *reinterpret_cast<uint32_t*>(stage + meta_slot_ + (r * C::kMetaRounds + i) * 128) =
-            held_meta_[r][i];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < C::kPieces; ++i) {
-      *reinterpret_cast<uint4*>(stage + x_slot_ + i * (C::kPieceRows * C::kStrideX * 2)) =
-          held_x_[i];
-    }
-  }
-#endif
-
- private:
-  __device__ __forceinline__ bool holds_codes(int r, int i) const {
-    return r < tiles_ && block_ + (kBits == 4 ? i : 0) < p_.blocks;
-  }
-  // Lanes 0-15 copy the parameters of group piece 2 i, lanes 16-31 those of 2 i + 1.
-  __device__ __forceinline__ int meta_step(int i) const {
-    return block_ * 4 + (2 * i + threadIdx.x % 32 / 16) * C::kGroupSteps;
-  }
-  __device__ __forceinline__ bool holds_meta(int r, int i) const {
-    return r < tiles_ && meta_step(i) < p_.blocks * 4 && threadIdx.x % 16 < words_ &&
-           2 * i + threadIdx.x % 32 / 16 < C::kMetas;
-  }
-  __device__ __forceinline__ int64_t meta_offset(int i) const {
-    return group_of_step<C::kGroupSteps>(p_, meta_step(i)) * words_;
-  }
-  __device__ __forceinline__ bool holds_x(int i) const {
-    return i * C::kPieceRows < x_rows_ && column_ < p_.k;
-  }
-  __device__ __forceinline__ uint4 read_x(int i) const {
-    const T* const source = x_ + static_cast<int64_t>(i * C::kPieceRows) * p_.k;
-    if (!holds_x(i)) return make_uint4(0, 0, 0, 0);
-    if (p_.aligned) return __ldg(reinterpret_cast<const uint4*>(source));
-    return load_row_8(source, 0, p_.k - column_);
-  }
-  __device__ __forceinline__ void advance() {
-    x_ += C::kColumns;
-    column_ += C::kColumns;
-    codes_ += S::kWarpsK * C::kLoads * 512;
-    block_ += S::kWarpsK * C::kBlocks;
-  }
-
-  const QLinearProblem& p_;
-  const T* x_;
-  const uint8_t* codes_;
-  const uint32_t* meta_;
-  int column_, block_;   // first column of the thread's pieces of x, first block of the warp's codes
-  int x_rows_, tiles_;   // rows of x and tiles of w from the thread's first on
-  int words_;            // of 4 bytes: parameters of one group of a tile
-  int x_slot_, codes_slot_, meta_slot_;
-#if __CUDA_ARCH__ < 800
-  uint4 held_codes_[S::kTiles][C::kLoads];
-  uint32_t held_meta_[S::kTiles][C::kMetaRounds];
-  uint4 held_x_[C::kPieces];
-#endif
-};
 
 // Accumulators, in units of the current group's scale.
 template <typename T, typename S, typename C>
@@ -440,10 +250,10 @@ int launch_shape(const QLinearProblem& p, const Device& device, cudaStream_t str
   const bool alone = static_cast<int>(grid.x * grid.y) <= device.multiprocessors;
   int stages = device.sm >= 80 ? 4 : 2;
   const int goal = !alone && C::shared_bytes(2) <= share ? std::min(share, device.block_shared)
-                                               : device.block_shared;
+                                                         : device.block_shared;
   while (stages > 2 && C::shared_bytes(stages) > goal) --stages;
   const int bytes = C::shared_bytes(stages);
-  return launch_kernel(kernel, grid, S::kThreads, bytes, device, stream, p, stages);
+  return launch_kernel(kernel, grid, S::kThreads, bytes, device.sm >= 90, stream, p, stages);
 }
 
 template <typename T, int kBits, typename S>
@@ -453,7 +263,8 @@ int launch(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
                 : launch_shape<T, kBits, 1, S>(p, device, stream);
 }
 
-// What a block of each shape costs on an H200 per K, in one unit: alone on a multiprocessor, and two of them together.
+// What a block of each shape costs on an H200 per K, in one unit: alone on a multiprocessor, and
+// two of them together.
 struct Cost {
   int rows_x, rows_w, shared_bytes;
   double alone, pair;

@@ -1,23 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 // y (M, N) = x (M, K) w^T for M <= 8: a matrix-vector product on the tensor cores.
 //
-//   16 rows of w (a tile)      K: units of 128 or 256 columns, dealt to the W warps of a block in turn
-//   ┌──────┬──────┬──────┬──────┬──────┬── ─ ─          x in shared memory, read as B (16 x 8; its
-//   │ w0   │ w1   │ ...  │ wW-1 │ w0   │               columns beyond M repeat row M-1 and are
-//   └──────┴──────┴──────┴──────┴──────┴── ─ ─          dropped)
+//   K: units of 128 or 256 columns, dealt to the W warps of a block in turn
+//   ┌──────┬──────┬─── ─ ─ ───┬──────┬──────┬─── ─ ─
+//   │  w0  │  w1  │           │ wW-1 │  w0  │            16 rows of w: a tile, operand A
+//   └──────┴──────┴─── ─ ─ ───┴──────┴──────┴─── ─ ─
+//   x waits in shared memory and is operand B, 16 x 8: its columns from M on repeat row M-1 and are
+//   dropped at the end.
 //
-// A lane loads 16 bytes of codes = its A operand of four (4 bits) or two (8 bits) multiplications, turns codes into
-// (q - z) in registers, multiplies, and folds a group's sum into the row's sum with the scale, in fp32. The partial
-// sums of the warps are added in shared memory in a fixed order. Blocks stay and walk over the tiles with stride
-// gridDim, the next unit's codes (also the next tile's) under way while one is used.
+// A lane loads 16 bytes of codes = its A operand of four (4 bits) or two (8 bits) multiplications,
+// turns codes into (q - z) in registers, multiplies, and folds a group's sum into the row's sum
+// with the scale, in fp32. The partial sums of the warps are added in shared memory in a fixed
+// order. Blocks stay and walk over the tiles with stride gridDim, the next unit's codes (also the
+// next tile's) under way while one is used. On sm_90 a block may arrive before the kernel in front
+// is done: it asks for its first codes to come to L2, and waits.
 //
-// Bytes: N * K * bits / 8 codes + N * K / group * (2 or 4), once; x stays in shared memory. Bound: memory. About 1.8
-// issue slots per weight and lane-column against 3.6 that an H200 has per 4-bit weight at its full read rate.
-// Limits: x (M rows of K) must fit in shared memory; else the tiled product takes over.
+// Bytes: N * K * bits / 8 of codes and 2 or 4 per group and row, once. Bound: memory. Some 2.5
+// lane-instructions per 4-bit weight, of 3.6 that an H200 can issue at its full read rate.
+// Limits: M rows of K must fit in shared memory; else the tiled product takes over.
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/device/copy.cuh"
 #include "cuda/device/dequant.cuh"
@@ -28,14 +31,14 @@
 namespace kvopt::cuda {
 namespace gemv {
 
-constexpr int kMaxThreads = 256;
-constexpr int kRowPad = 16;  // elements; shifts the rows of x by 32 bytes, so that four of them meet 32 banks
+constexpr int kMaxThreads = 512;
+constexpr int kRowPad = 16;  // elements: 32 bytes, so that four rows of x meet all 32 banks
 
-// How a warp walks along K. A unit is 2 KB of codes (four loads in flight per lane) where the registers for the
-// group parameters allow it.
+// How a warp walks along K. A unit is 2 KB of codes (four loads in flight per lane) where the
+// registers for the group parameters allow it.
 template <int kBits, int kGroupSteps>
 struct Walk {
-  static constexpr int kColumns = kBits == 4 && kGroupSteps >= 8 ? 256 : 128;
+  static constexpr int kColumns = kBits == 4 && kGroupSteps >= 4 ? 256 : 128;
   static constexpr int kSteps = kColumns / kStepColumns;
   static constexpr int kLoads = kColumns * kBits / 256;  // 512 bytes each
 
@@ -66,6 +69,21 @@ struct Cursor {
     meta = reinterpret_cast<const uint32_t*>(p.meta) +
            (static_cast<int64_t>(tile) * p.groups * 8 + lane / 4) * (kSymmetric ? 1 : 2);
   }
+  // Asks for the warp's first two units, 128 bytes a lane, to come to L2. That is allowed before
+  // the previous kernel is done, even if it writes these weights: L2 is where its writes arrive.
+  __device__ __forceinline__ void prefetch(const QLinearProblem& p, int units) const {
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    constexpr int kLines = W::kLoads * 4;
+    int later = unit + lane / kLines * warps, where = tile;
+    if (later >= units) {
+      later = unit;
+      where += gridDim.x;
+    }
+    const int64_t offset = static_cast<int64_t>(later * kLines + lane % kLines) * 128;
+    if (lane < 2 * kLines && where < p.tiles && offset < p.tile_bytes) {
+      prefetch_l2(p.packed + where * p.tile_bytes + offset);
+    }
+  }
   __device__ __forceinline__ void advance(const QLinearProblem& p, int units) {
     const int warps = blockDim.x / 32;
     unit += warps;
@@ -85,8 +103,9 @@ struct Unit {
 
   __device__ __forceinline__ void load(const QLinearProblem& p,
                                        const Cursor<kBits, kSymmetric, kGroupSteps>& from) {
-    // Loads left in the tile. Predicates rather than a branch: ptxas would hoist the use of the previous unit, and with
-    // it the wait for its codes, above a branch, and these loads would start late.
+    // Loads left in the tile. Predicates rather than a branch: ptxas would hoist the use of the
+    // previous unit, and with it the wait for its codes, above a branch, and these loads would
+    // start late.
     const int here = from.tile < p.tiles ? p.blocks * (kBits / 4) - from.unit * kLoads : 0;
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -103,9 +122,9 @@ struct Unit {
       }
       if (here > 0) {
         if constexpr (kSymmetric) {
-          meta[i].x = __ldg(from.meta + group * 8);
+          meta[i].x = load_4(from.meta + group * 8);
         } else {
-          meta[i] = __ldg(reinterpret_cast<const uint2*>(from.meta + group * 16));
+          meta[i] = load_8(from.meta + group * 16);
         }
       }
     }
@@ -190,8 +209,7 @@ __device__ __forceinline__ void stage_x(T* shared, const QLinearProblem& p, int 
       const T* source = x + static_cast<int64_t>(row) * p.k;
       uint4 piece;
       if (p.aligned) {
-        piece = i * 8 < p.k ? __ldg(reinterpret_cast<const uint4*>(source) + i)
-                            : make_uint4(0, 0, 0, 0);
+        piece = i * 8 < p.k ? load_16(source + i * 8) : make_uint4(0, 0, 0, 0);
       } else {
         piece = load_row_8(source, i * 8, p.k);
       }
@@ -220,6 +238,7 @@ __device__ __forceinline__ void run_gemv(const QLinearProblem& p) {
     cursor.advance(p, units);
   };
   let_next_kernel_start();
+  cursor.prefetch(p, units);
   wait_for_previous_kernel();
   load_next(first);
   stage_x(x, p, stride);
@@ -230,7 +249,8 @@ __device__ __forceinline__ void run_gemv(const QLinearProblem& p) {
   int tile = blockIdx.x, unit = warp, parity = 0;
   int turn = threadIdx.x;  // the warps take turns at adding the partial sums
 
-  // Uses one unit; after a tile's last one adds the warps' sums. True when the block's last tile is done.
+  // Uses one unit; after a tile's last one adds the warps' sums. True when the block's last tile is
+  // done.
   const auto use = [&](const auto& loaded) -> bool {
     multiply<T>(sum, p, loaded, lane_x + unit * W::kColumns);
     unit += warps;
@@ -274,8 +294,7 @@ __device__ __forceinline__ void run_gemv(const QLinearProblem& p) {
 }
 
 template <typename T, int kBits, bool kSymmetric, int kGroupSteps>
-__global__ void __launch_bounds__(kMaxThreads, kGroupSteps >= 4 && !(Operand<T>::kSplitZero && !kSymmetric && kBits == 4) ? 3 : 2)
-    qlinear_gemv_kernel(const QLinearProblem p) {
+__global__ void __launch_bounds__(kMaxThreads, 1) qlinear_gemv_kernel(const QLinearProblem p) {
 #if __CUDA_ARCH__ >= 800
   constexpr bool kCompiled = true;
 #else
@@ -284,9 +303,10 @@ __global__ void __launch_bounds__(kMaxThreads, kGroupSteps >= 4 && !(Operand<T>:
   if constexpr (kCompiled) run_gemv<T, kBits, kSymmetric, kGroupSteps>(p);
 }
 
-// Warps per block: 16 when there are few tiles, so that a short launch has all its codes in flight at once; eight when
-// there are many, for then blocks are what fills a multiprocessor. Blocks per multiprocessor: as many
-// as registers, threads and shared memory allow, and no more than there are tiles.
+// Warps per block: 16 when there are few tiles, so that a short launch has all its codes in flight
+// at once; eight when there are many, for then blocks are what fills a multiprocessor. Blocks per
+// multiprocessor: as many as registers, threads and shared memory allow, and no more than there are
+// tiles.
 template <typename T, int kBits, bool kSymmetric, int kGroupSteps>
 int launch(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
   const auto kernel = qlinear_gemv_kernel<T, kBits, kSymmetric, kGroupSteps>;
@@ -295,24 +315,15 @@ int launch(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
     const bool known = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
     return known ? (attributes.numRegs + 7) / 8 * 8 : 128;
   }();
-#ifdef KVOPT_TUNE
-  const int wanted = std::getenv("KVOPT_W") ? std::atoi(std::getenv("KVOPT_W")) : 8;
-#else
   const int wanted = p.tiles <= device.multiprocessors ? 16 : 8;
-#endif
   const int warps = std::min({wanted, Walk<kBits, kGroupSteps>::units(p), kMaxThreads / 32});
   const int bytes = Walk<kBits, kGroupSteps>::shared_bytes(p, warps);
   const int max_threads = device.sm == 75 ? 1024 : device.sm == 80 || device.sm == 90 ? 2048 : 1536;
-  const int resident = std::max(1, std::min({65536 / (registers * warps * 32),
-                                             max_threads / (warps * 32),
-                                             device.multiprocessor_shared / (bytes + 1024)}));
-#ifdef KVOPT_TUNE
-  const int most = std::getenv("KVOPT_RES") ? std::atoi(std::getenv("KVOPT_RES")) : 99;
-  const int grid = std::min(p.tiles, device.multiprocessors * std::min(most, resident));
-#else
+  const int resident =
+      std::max(1, std::min({65536 / (registers * warps * 32), max_threads / (warps * 32),
+                            device.multiprocessor_shared / (bytes + 1024)}));
   const int grid = std::min(p.tiles, device.multiprocessors * resident);
-#endif
-  return launch_kernel(kernel, dim3(grid), warps * 32, bytes, device, stream, p);
+  return launch_kernel(kernel, dim3(grid), warps * 32, bytes, device.sm >= 90, stream, p);
 }
 
 template <typename T, int kBits, bool kSymmetric>

@@ -32,9 +32,9 @@ struct QLinearProblem {
   bool aligned;  // rows of x start on 16 bytes and hold whole 16-byte pieces
 };
 
-// Group of a 16-column step. Steps past the last column (they meet zero activations) count to the last group.
-// kSteps = 4: the caller knows that groups are 2^group_shift >= 4 steps and asks for a block's first step only, which
-// holds at least one column.
+// Group of a 16-column step. Steps past the last column (they meet zero activations) count to the
+// last group. kSteps = 4: the caller knows that groups are 2^group_shift >= 4 steps and asks for a
+// block's first step only, which holds at least one column.
 template <int kSteps = 1>
 __device__ __forceinline__ int group_of_step(const QLinearProblem& p, int step) {
   if constexpr (kSteps == 4) return step >> p.group_shift;
@@ -42,7 +42,8 @@ __device__ __forceinline__ int group_of_step(const QLinearProblem& p, int step) 
   return min(group, p.groups - 1);
 }
 
-// The (scale, zero) pairs of rows g and g + 8 as they lie in memory: two words, or one when symmetric.
+// The (scale, zero) pairs of rows g and g + 8 as they lie in memory: two words, or one when
+// symmetric.
 __device__ __forceinline__ int64_t meta_offset(const QLinearProblem& p, int tile, int group,
                                                int g) {
   const int64_t index = static_cast<int64_t>(tile) * p.groups + group;
@@ -50,7 +51,7 @@ __device__ __forceinline__ int64_t meta_offset(const QLinearProblem& p, int tile
 }
 
 struct Device {
-  int sm;               // 10 * major + minor of the code that will run
+  int sm;  // 10 * major + minor of the code that will run
   int multiprocessors;
   int multiprocessor_shared;  // bytes of shared memory of a multiprocessor
   int block_shared;           // and how many of them one block may ask for
@@ -58,9 +59,11 @@ struct Device {
 
 // Each returns a cudaError_t. T: __half, __nv_bfloat16.
 
-// Tensor-core matrix-vector product, for M <= 8 when x fits in shared memory.
-constexpr int kGemvRows = 8;
+// Tensor-core matrix-vector product, for few rows when x fits in shared memory. Where it has a tile
+// or two per multiprocessor to work on, staging more than four rows of x costs more than the tiled
+// product does (measured).
 inline bool gemv_fits(const QLinearProblem& p, const Device& device) {
+  if (p.m > (p.tiles <= 2 * device.multiprocessors ? 4 : 8)) return false;
   const int64_t bytes = p.m * (p.blocks + 4ll) * kBlockColumns * 2;
   return bytes <= device.multiprocessor_shared / 3 && bytes <= device.block_shared - 16 * 1024;
 }
@@ -75,16 +78,19 @@ int launch_gemm(const QLinearProblem& p, const Device& device, cudaStream_t stre
 template <typename T>
 int launch_simt(const QLinearProblem& p, int bits, const Device& device, cudaStream_t stream);
 
-// Launches `kernel`. On sm_90 its blocks may take their places while the kernel before it in the stream still runs
-// (programmatic dependent launch): every kernel calls wait_for_previous_kernel() before its first global access, so
-// stream order holds as ever, and what is saved is the launch, 0.7 us of 3 for a small product. let_next_kernel_start()
-// says from where on the next kernel's blocks are welcome.
+// Launches `kernel`. overlap: its blocks may take their places while the kernel before it in the
+// stream still runs (programmatic dependent launch, sm_90). Such a kernel calls
+// wait_for_previous_kernel() before its first read or write of global memory, so stream order holds
+// as ever; what is saved is the launch, some 0.4 us of 3 for a small product.
+// let_next_kernel_start() says from where on the next kernel's blocks are welcome. Not for every
+// kernel: blocks that arrive early can crowd onto few multiprocessors, which cost the fp32 kernel
+// up to a quarter.
 template <typename Kernel, typename... Arguments>
-int launch_kernel(Kernel kernel, dim3 grid, int threads, int shared_bytes, const Device& device,
+int launch_kernel(Kernel kernel, dim3 grid, int threads, int shared_bytes, bool overlap,
                   cudaStream_t stream, const Arguments&... arguments) {
   if (shared_bytes > 48 * 1024) {  // more must be asked for by name
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
   cudaLaunchAttribute attribute{};
@@ -96,7 +102,7 @@ int launch_kernel(Kernel kernel, dim3 grid, int threads, int shared_bytes, const
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = device.sm >= 90 ? 1 : 0;
+  config.numAttrs = overlap ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

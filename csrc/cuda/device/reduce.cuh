@@ -6,13 +6,15 @@ namespace kvopt::cuda {
 
 __device__ __forceinline__ float warp_min(float v) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) v = fminf(v, __shfl_xor_sync(0xFFFFFFFF, v, offset));
+  for (int offset = 16; offset > 0; offset /= 2)
+    v = fminf(v, __shfl_xor_sync(0xFFFFFFFF, v, offset));
   return v;
 }
 
 __device__ __forceinline__ float warp_max(float v) {
 #pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) v = fmaxf(v, __shfl_xor_sync(0xFFFFFFFF, v, offset));
+  for (int offset = 16; offset > 0; offset /= 2)
+    v = fmaxf(v, __shfl_xor_sync(0xFFFFFFFF, v, offset));
   return v;
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Element types by name: conversions that round once, and unaligned-safe reads of consecutive elements.
+// Element types by name: conversions that round once, and unaligned-safe reads of consecutive
+// elements.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -28,7 +29,8 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
-// Eight consecutive 16-bit elements of a row of length k, zeros past its end; no alignment is assumed.
+// Eight consecutive 16-bit elements of a row of length k, zeros past its end; no alignment is
+// assumed.
 template <typename T>
 __device__ __forceinline__ uint4 load_row_8(const T* row, int64_t column, int64_t k) {
   static_assert(sizeof(T) == 2);

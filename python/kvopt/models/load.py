@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kvopt import assets
 from kvopt.weights.model import RecipeLike, quantize
 from kvopt.weights.recipe import DTYPES, Recipe
-
-EMBEDDED = ("llama-6m",)
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 class DtypeWarning(UserWarning):
@@ -67,8 +65,8 @@ def load(
         if isinstance(source, Path):
             raise ValueError(f"model {str(name)!r}: cannot be loaded from {source}: {error}") from error
         raise FileNotFoundError(
-            f"model {str(name)!r}: not an embedded model ({', '.join(EMBEDDED)}), no such folder, and not to be had "
-            f"from the hub: {str(error).splitlines()[0]}"
+            f"model {str(name)!r}: not an embedded model ({', '.join(assets.MODELS)}), no such folder, and not to be "
+            f"had from the hub: {str(error).splitlines()[0]}"
         ) from error
 
     if wanted == "auto" and model.dtype == torch.bfloat16 and not native_bfloat16(target):
@@ -90,8 +88,8 @@ def find_model(name: str | Path) -> Path | str:
         FileNotFoundError: it looks like a path, and nothing is there.
         ValueError: the folder has no configuration or no readable safetensors weights.
     """
-    if str(name) in EMBEDDED:
-        folder = _ASSETS / str(name)
+    if str(name) in assets.MODELS:
+        folder = assets.path(str(name))
     else:
         text = str(name)
         folder = Path(text).expanduser()
