@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from cache.tiny_models import TINY, left_padded, random_ids, run_forced, tiny_llama
 from conftest import relative_error
+from kvopt import assets
 from kvopt.cache import Cache, CacheSpec, compress
 
 SPECS = ["full", "window_b24", "sink_b24_s4_orig", "sink_b24_s4", "sink_p30_s2"]
@@ -26,9 +25,11 @@ def test_full_is_dynamic_cache_for_200_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-6m", "gpt2-18m"])
-def test_full_is_dynamic_cache_on_real_text(name: str, models_folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(models_folder / name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(models_folder / name)
+def test_full_is_dynamic_cache_on_real_text(name: str, request: pytest.FixtureRequest) -> None:
+    embedded = name in assets.MODELS
+    folder = assets.path(name) if embedded else request.getfixturevalue("models_folder") / name
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.padding_side = "left"
     texts = ["The castle stood on a hill above the river, and", "In 1912 the company"]
     inputs = tokenizer(texts, return_tensors="pt", padding=True)

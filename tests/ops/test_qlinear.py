@@ -174,7 +174,7 @@ def test_errors_name_the_argument(device):
     x = torch.randn(2, 96, device=device)
     rest = (weight.packed, weight.meta, None, 24, 4, 32, False)
     with pytest.raises(RuntimeError, match="packed must have shape"):
-        call(torch.randn(2, 80, device=device), weight.packed, weight.meta, None, 24, 4, 32, False)
+        call(torch.randn(2, 32, device=device), weight.packed, weight.meta, None, 24, 4, 32, False)
     with pytest.raises(RuntimeError, match="x must be float32, float16 or bfloat16"):
         call(x.double(), *rest)
     with pytest.raises(RuntimeError, match="bias must have shape"):

@@ -53,7 +53,7 @@ def stamp() -> Machine:
         threads=torch.get_num_threads(),
         ram_bytes=ram_bytes(),
         gpus=gpus,
-        os=f"{platform.system()} {platform.release()} {platform.machine()}",
+        os=f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         python=platform.python_version(),
         torch=torch.__version__,
         transformers=transformers.__version__,
