@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "host/build_info.h"
+#include "host/memory.h"
 #include "host/read_probe.h"
 
 namespace py = pybind11;
@@ -23,6 +24,10 @@ PYBIND11_MODULE(_host, m) {
       },
       "What was compiled and which instruction set the CPU kernels use.\n\n"
       "Raises RuntimeError if KVOPT_ISA names an unknown one or one that this processor lacks.");
+
+  m.def("release_free_memory", &kvopt::host::release_free_memory,
+        "Hands pages that the C allocator keeps back to the operating system; True if there were "
+        "any.");
 
   py::class_<kvopt::host::ReadProbe>(
       m, "ReadProbe", "Reads a buffer in order, to measure the machine's streaming-read rate.")

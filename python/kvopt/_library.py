@@ -69,6 +69,12 @@ compiled = frozenset(device for device in ("cpu", "cuda") if missing_kernel_reas
 _announced: set[str] = set()
 
 
+def release_free_memory() -> None:
+    """Hands memory that was freed back to the operating system, where the C allocator kept it (the CPU's only)."""
+    if _host_module is not None:
+        _host_module.release_free_memory()
+
+
 def build_info() -> dict[str, Any]:
     """Versions, what was compiled and for which hardware, and what is missing here and why.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from kvopt import _library
 from kvopt.models.memory import model_nbytes
 from kvopt.weights.formats import QuantizedWeight, WeightFormat, quantize_to
 from kvopt.weights.linear import QuantLinear, TiedEmbedding
@@ -104,6 +105,7 @@ def quantize(
     for name, module, format in bar:
         report.layers.append(_quantize_one(model, name, module, format, device))
         bar.set_postfix_str(f"error {report.layers[-1].weight_error:.4f}")
+    _library.release_free_memory()
     report.nbytes_after = model_nbytes(model)
     return report
 
