@@ -48,6 +48,16 @@ def test_llama_600_tokens(spec: str, sinks: int, inside: bool, groups: int, exac
     assert relative_error(got[0], expected) < 1e-9
 
 
+@pytest.mark.parametrize(("spec", "inside"), [("sink_b256_orig", False), ("sink_b256", True)])
+def test_llama_600_tokens_that_cross_a_budget_of_256(spec: str, inside: bool, exact_rope: None) -> None:
+    """The prompt is shorter than the budget: the cache fills while decoding, then evicts."""
+    model = tiny_llama(2, torch.float64)
+    ids = random_ids(1, PROMPT + DECODED)
+    got = run_forced(model, Cache(model, spec), ids[:, :PROMPT], ids[:, PROMPT:])
+    expected = Reference(model, kept_sets(PROMPT, ids.shape[1], 256, 4), inside).logits(ids[0])[PROMPT - 1 :]
+    assert relative_error(got[0], expected) < 1e-9
+
+
 @pytest.mark.parametrize(
     ("spec", "sinks", "inside"),
     [("window_b64", 0, False), ("sink_b64_s4_orig", 4, False), ("sink_b64_s4", 4, True)],

@@ -104,7 +104,7 @@ def quantize(
     del plan
     for name, module, format in bar:
         report.layers.append(_quantize_one(model, name, module, format, device))
-        bar.set_postfix_str(f"error {report.layers[-1].weight_error:.4f}")
+        bar.set_postfix_str(f"error {report.layers[-1].weight_error:.4f}", refresh=False)
     _library.release_free_memory()
     report.nbytes_after = model_nbytes(model)
     return report
