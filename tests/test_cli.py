@@ -48,7 +48,7 @@ def test_help_does_not_wait_for_torch() -> None:
     started = time.perf_counter()
     help_text = kvopt("--help")
     assert help_text.returncode == 0 and time.perf_counter() - started < 5
-    assert all(command in help_text.stdout for command in ("run", "eval", "generate", "doctor"))
+    assert all(command in help_text.stdout for command in ("run", "eval", "generate", "bench", "doctor"))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,8 @@ def test_help_does_not_wait_for_torch() -> None:
         ["eval", "beauty"],
         ["generate", "llama-6m"],
         ["generate", "llama-6m", "Hi", "--max-new-tokens", "0"],
+        ["bench", "--m", "0"],
+        ["bench", "--explain", "--capability", "hopper"],
     ],
 )
 def test_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +115,10 @@ def test_missing_model_in_its_own_process(tmp_path: Path) -> None:
         (["eval", "perplexity", "--device", "toaster"], "toaster"),
         (["generate", "/nowhere", "Hi"], "no such folder"),
         (["generate", "llama-6m", "Hi", "--dtype", "int3"], "int3"),
+        (["bench", "--recipe", "bf16"], "'bf16' quantises nothing"),
+        (["bench", "--recipe", "int4_g128", "--k", "64"], "larger than the row"),
+        (["bench", "--capability", "90", "--sms", "132"], "describe a GPU to --explain"),
+        (["bench", "--explain", "--device", "cpu", "--sms", "132"], "describe a GPU to --explain"),
     ],
 )
 def test_bad_input(
@@ -215,6 +221,68 @@ def test_eval_both_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert row["prefill"] == 64 and row["stderr"] is None and row["cache"] == "sink_b32_s4"
     assert cli.main(["eval", "recall", "--limit", "1", *options]) == 0
     assert json.loads(capsys.readouterr().out)["recall"] > 0.5
+
+
+def test_bench_explains_without_running(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row for each recipe and M, in order; a shape far too large for memory shows that nothing runs."""
+    import torch
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("--explain made a tensor")
+
+    for name in ("randn", "empty", "zeros"):
+        monkeypatch.setattr(torch, name, forbidden)
+    shape = ["--n", "1000000", "--k", "1048576", "--device", "cpu", "--explain"]
+    arguments = ["bench", "--m", "1", "16", "--recipe", "int4_g128", "int8_dyn", *shape]
+    assert cli.main([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    rows = json.loads(out)
+    assert err == ""
+    assert [(row["recipe"], row["m"]) for row in rows] == [
+        *(("int4_g128", 1), ("int4_g128", 16)),
+        *(("int8_dyn", 1), ("int8_dyn", 16)),
+    ]
+    assert all(row["n"] == 1_000_000 and row["device"] == "cpu" and len(row["path"]) > 10 for row in rows)
+    assert rows[0]["path"] != rows[2]["path"]  # 16-bit activations and int8 ones are different kernels
+    assert cli.main(arguments) == 0
+    plain = capsys.readouterr().out
+    assert all(row["path"].splitlines()[0] in plain for row in rows) and "M = 16" in plain
+
+
+def test_bench_explains_the_instruction_set_in_use() -> None:
+    options = "bench --explain --m 1 --n 64 --k 64 --recipe int8 --device cpu"
+    done = kvopt(*options.split(), KVOPT_ISA="scalar")
+    assert done.returncode == 0, done.stderr
+    assert "scalar" in done.stdout
+
+
+def test_bench_explains_a_gpu_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
+    import kvopt
+
+    options = "bench --explain --m 1 8192 --n 28672 --k 4096 --json"
+    code = cli.main([*options.split(), "--capability", "9.0", "--sms", "132"])
+    if not kvopt.build_info()["cuda_archs"]:
+        assert code == 2 and "CUDA" in complaint(capsys)
+        return
+    hopper = [row["path"] for row in json.loads(capsys.readouterr().out)]
+    assert code == 0 and hopper[0] != hopper[1]  # one row of x and thousands are different kernels
+    assert cli.main([*options.split(), "--capability", "75", "--sms", "40"]) == 0
+    turing = [row["path"] for row in json.loads(capsys.readouterr().out)]
+    assert all(turing) and turing[1] != hopper[1]
+
+
+def test_bench_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "bench --m 1 3 --n 48 --k 64 --recipe int8 --device cpu --dtype fp32"
+    assert cli.main([*options.split(), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    for row, m in zip(rows, (1, 3), strict=True):
+        assert (row["m"], row["n"], row["k"], row["recipe"], row["dtype"]) == (m, 48, 64, "int8", "fp32")
+        assert 0 < row["relative_error"] < 0.02 and row["microseconds"] > 0 and row["gb_per_s"] > 0
+        assert row["speedup"] == pytest.approx(row["dense_microseconds"] / row["microseconds"])
+    assert cli.main(options.split()) == 0
+    assert "dense" in capsys.readouterr().out
 
 
 def test_doctor() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import kvopt
+from journal import Journal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+def run(args: argparse.Namespace, journal: Journal) -> list[dict[str, Any]]:
     from transformers import DynamicCache
 
     plain, _ = kvopt.load(args.model, device=args.device, dtype=args.dtype)

@@ -2,7 +2,9 @@
 // Detection asks three questions, and a "no" to any of them rules an instruction set out: does the
 // processor have every extension that the kernel file is compiled with (cpuid leaves 1 and 7), may
 // programs use xgetbv (OSXSAVE), and does the operating system save the registers that the set
-// needs (XCR0: xmm and ymm for AVX2; also masks and both halves of the zmm registers for AVX-512).
+// needs (XCR0: xmm and ymm for AVX2; also masks and both halves of the zmm registers for AVX-512;
+// also tile configuration and tile data for AMX). Tile data is 8 KB of state a thread, so Linux
+// hands it out to a process that asks (arch_prctl, once, valid for all threads) and may refuse.
 #include "cpu/isa.h"
 
 #include <cstdint>
@@ -12,12 +14,16 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace kvopt::cpu {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kVnni};
+constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kVnni, Isa::kAmx};
 
 #if defined(__x86_64__)
 
@@ -30,6 +36,17 @@ uint64_t xcr0() {
   uint32_t high = 0;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+// Asks the operating system for tile registers.
+bool tiles_permitted() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 Isa detect() {
@@ -46,7 +63,11 @@ Isa detect() {
   if ((ebx & bit(5)) == 0) return Isa::kScalar;                             // AVX2
   constexpr uint32_t kAvx512Parts = bit(16) | bit(17) | bit(30) | bit(31);  // F, DQ, BW, VL
   if ((saved & 0xe6) != 0xe6 || (ebx & kAvx512Parts) != kAvx512Parts) return Isa::kAvx2;
-  return (ecx & bit(11)) != 0 ? Isa::kVnni : Isa::kAvx512;  // AVX512_VNNI
+  if ((ecx & bit(11)) == 0) return Isa::kAvx512;               // AVX512_VNNI
+  constexpr uint32_t kAmxParts = bit(22) | bit(24) | bit(25);  // BF16, TILE, INT8
+  constexpr uint64_t kTileState = (1u << 17) | (1u << 18);
+  if ((edx & kAmxParts) != kAmxParts || (saved & kTileState) != kTileState) return Isa::kVnni;
+  return tiles_permitted() ? Isa::kAmx : Isa::kVnni;
 }
 
 #else
@@ -78,7 +99,7 @@ Isa select() {
                              names_up_to(best));
   }
   throw std::runtime_error("KVOPT_ISA=" + std::string(wanted) +
-                           ": unknown instruction set; expected one of " + names_up_to(Isa::kVnni));
+                           ": unknown instruction set; expected one of " + names_up_to(Isa::kAmx));
 }
 
 }  // namespace
@@ -103,6 +124,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::kVnni:
       return "vnni";
+    case Isa::kAmx:
+      return "amx";
   }
   return "unknown";
 }

@@ -5,11 +5,12 @@
 
 namespace kvopt::cpu {
 
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kVnni = 3 };
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kVnni = 3, kAmx = 4 };
 
-Isa best_isa();      // by cpuid and the operating system's saved state
+Isa best_isa();      // by cpuid and the operating system's saved state; the first call asks Linux
+                     // for the permission to use tile registers
 Isa selected_isa();  // best_isa(), or KVOPT_ISA; decided once. Throws std::runtime_error for an
                      // unknown name or one that this processor lacks.
-const char* isa_name(Isa isa);  // "scalar", "avx2", "avx512", "vnni"
+const char* isa_name(Isa isa);  // "scalar", "avx2", "avx512", "vnni", "amx"
 
 }  // namespace kvopt::cpu

@@ -3,7 +3,10 @@
 // columns, in the panels that qlinear_layout.h draws. The including file names its instruction set
 // by a macro; everything has internal linkage.
 //
-//     m = max |x| over the block       s = m / 32639       X = round(x * (32639 / m))
+//     m = max |x| over the block       s = m / 32639       X = round(x / s)
+//
+// With a code book, s is at least sum |x| / book_limit (qlinear_layout.h), and what is stored is
+// s / book_steps, the size of a unit of the products. x is multiplied by the input scale first.
 //
 // The sum for zero points is that of x, not of s X: what rounding adds up to would otherwise meet
 // the mean weight of a row, not just its deviations.
@@ -15,19 +18,14 @@
 #pragma once
 
 #include "cpu/qlinear_layout.h"
-
-#if defined(KVOPT_QLINEAR_AVX2)
-#include "cpu/simd_avx2.h"
-#elif defined(KVOPT_QLINEAR_AVX512) || defined(KVOPT_QLINEAR_VNNI)
-#include "cpu/simd_avx512.h"
-#endif
+#include "cpu/simd.h"
 
 namespace kvopt::cpu {
 namespace {
 
 constexpr int32_t kHugeBits = (127 + 60) << 23;   // 2^60: no product can overflow below it
-constexpr int32_t kTinyBits = (127 - 110) << 23;  // 2^-110: s is still a normal number
-constexpr int32_t kSmallBits = (127 - 70) << 23;  // 2^-70: beside it, 2^-110 is nothing
+constexpr int32_t kTinyBits = (127 - 96) << 23;   // 2^-96: s and s / book_steps are normal numbers
+constexpr int32_t kSmallBits = (127 - 60) << 23;  // 2^-60: beside it, 2^-96 is nothing
 
 // One panel of the workspace.
 struct Panel {
@@ -60,8 +58,8 @@ KVOPT_INLINE int64_t panel_of_row(const QLinearLayout& layout, int64_t row) {
 // The block's X, interleaved with the other rows of the panel. `codes` holds whole vectors, zero
 // past the columns.
 template <bool kPlanes>
-KVOPT_INLINE void store_codes(const Ints* codes, int64_t columns, int64_t column, int64_t slot,
-                              const Panel& panel) {
+KVOPT_INLINE void store_codes(const Ints* codes, int64_t columns, int64_t column,
+                              int64_t padded_columns, int64_t slot, const Panel& panel) {
   constexpr int64_t kUnitColumns = kPlanes ? 4 : 2;
   constexpr size_t kUnitBytes = kUnitColumns * 2;
   alignas(64) uint8_t packed[kBlockColumns * 2];
@@ -74,7 +72,8 @@ KVOPT_INLINE void store_codes(const Ints* codes, int64_t columns, int64_t column
 #endif
     store_pairs(packed + v * kLanes * 2, codes[v]);
   }
-  const int64_t padded = (columns + 7) / 8 * 8;
+  int64_t padded = (columns + 31) / 32 * 32;  // zeros as far as the last block of codes reaches
+  if (padded > padded_columns - column) padded = padded_columns - column;
   uint8_t* target = panel.x + column * 2 * panel.width + slot * static_cast<int64_t>(kUnitBytes);
   if (panel.width == 1) {
     memcpy(target, packed, static_cast<size_t>(padded * 2));
@@ -86,11 +85,9 @@ KVOPT_INLINE void store_codes(const Ints* codes, int64_t columns, int64_t column
   }
 }
 
-// Returns the bits of the block's largest magnitude.
-template <DType kType, bool kPlanes>
-KVOPT_INLINE int32_t prepare_block(const void* source, int64_t columns, int64_t column,
-                                   int64_t block, int64_t slot, int32_t middle,
-                                   const Panel& panel) {
+// A block of `columns` values as vectors, zeros behind them.
+template <DType kType>
+KVOPT_INLINE void load_block(const void* source, int64_t columns, Floats* values) {
   constexpr int kVectors = kBlockColumns / kLanes;
   constexpr size_t kBytes = kType == DType::kFloat32 ? 4 : 2;
   alignas(64) uint8_t padded[kBlockColumns * kBytes];
@@ -99,12 +96,53 @@ KVOPT_INLINE int32_t prepare_block(const void* source, int64_t columns, int64_t 
     memcpy(padded, source, static_cast<size_t>(columns) * kBytes);
     source = padded;
   }
-  Floats x[kVectors];
-  Ints largest = zero_ints();
   for (int v = 0; v < kVectors; ++v) {
-    x[v] = load_as_floats<kType>(static_cast<const uint8_t*>(source) + v * kLanes * kBytes);
-    largest = max_ints(largest, magnitude_bits(x[v]));
+    values[v] = load_as_floats<kType>(static_cast<const uint8_t*>(source) + v * kLanes * kBytes);
   }
+}
+
+// Adds 64 values in an order that every instruction set keeps: sixteen running sums, then halves.
+template <typename Value>
+KVOPT_INLINE float sum_block(const Value& value_of) {
+  Floats partial[16 / kLanes];
+  for (Floats& sum : partial) sum = zero_floats();
+  for (int v = 0; v < kBlockColumns / kLanes; ++v) {
+    partial[v % (16 / kLanes)] = add(partial[v % (16 / kLanes)], value_of(v));
+  }
+  alignas(64) float sums[16];
+  for (int v = 0; v < 16 / kLanes; ++v) store_floats(sums + v * kLanes, partial[v]);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  }
+  return sums[0];
+}
+
+// Where a block stands and what its numbers mean.
+struct Block {
+  int64_t columns;
+  int64_t column;  // its first
+  int64_t index;   // of the row
+  int64_t slot;    // row of the panel
+  int64_t padded_columns;
+  int32_t middle;  // 0 for code books
+  int32_t steps;   // of the book, else 0
+  float limit;     // of the book
+};
+
+// Returns the bits of the block's largest magnitude.
+template <DType kType, bool kPlanes>
+KVOPT_INLINE int32_t prepare_block(const void* source, const void* input_scale, const Block& block,
+                                   const Panel& panel) {
+  constexpr int kVectors = kBlockColumns / kLanes;
+  Floats x[kVectors];
+  load_block<kType>(source, block.columns, x);
+  if (input_scale != nullptr) {
+    Floats factor[kVectors];
+    load_block<kType>(input_scale, block.columns, factor);
+    for (int v = 0; v < kVectors; ++v) x[v] = multiply(x[v], factor[v]);
+  }
+  Ints largest = zero_ints();
+  for (int v = 0; v < kVectors; ++v) largest = max_ints(largest, magnitude_bits(x[v]));
   alignas(64) int32_t lanes[kLanes];
   store_ints(lanes, largest);
   int32_t bits = lanes[0];
@@ -117,32 +155,31 @@ KVOPT_INLINE int32_t prepare_block(const void* source, int64_t columns, int64_t 
     memcpy(&magnitude, &bits, sizeof(magnitude));
     scale = magnitude / static_cast<float>(kMaxCode);
     inverse = static_cast<float>(kMaxCode) / magnitude;
+    if (block.steps != 0) {
+      const float sum = sum_block([&](int v) { return absolute(x[v]); });
+      if (sum > block.limit * scale) {
+        scale = sum / block.limit;
+        inverse = block.limit / sum;
+      }
+      scale /= static_cast<float>(block.steps);
+    }
   } else {
     for (int v = 0; v < kVectors; ++v) x[v] = zero_floats();
   }
   Ints codes[kVectors];
   Ints total = zero_ints();
-  Floats partial[16 / kLanes];  // sixteen running sums, so that every instruction set rounds alike
-  for (Floats& value : partial) value = zero_floats();
   for (int v = 0; v < kVectors; ++v) {
     codes[v] = round_to_ints(multiply(x[v], set_floats(inverse)));
     total = add_ints(total, codes[v]);
-    partial[v % (16 / kLanes)] = add(partial[v % (16 / kLanes)], x[v]);
   }
   store_ints(lanes, total);
   int32_t sum = 0;
   for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-  alignas(64) float sums[16];
-  for (int v = 0; v < 16 / kLanes; ++v) store_floats(sums + v * kLanes, partial[v]);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  }
-
-  store_codes<kPlanes>(codes, columns, column, slot, panel);
-  const int64_t at = block * panel.width + slot;
+  store_codes<kPlanes>(codes, block.columns, block.column, block.padded_columns, block.slot, panel);
+  const int64_t at = block.index * panel.width + block.slot;
   panel.scale[at] = scale;
-  panel.start[at] = -middle * sum;
-  panel.sum[at] = sums[0];
+  panel.start[at] = -block.middle * sum;
+  panel.sum[at] = sum_block([&](int v) { return x[v]; });
   return bits;
 }
 
@@ -151,17 +188,26 @@ void prepare_row(const QLinearParams& p, const QLinearLayout& layout, int64_t ro
   constexpr int64_t kBytes = kType == DType::kFloat32 ? 4 : 2;
   const Panel panel = panel_at(p, layout, panel_of_row(layout, row));
   const uint8_t* x = static_cast<const uint8_t*>(p.x) + row * p.k * kBytes;
-  const int32_t middle = 1 << (p.format.bits - 1);
+  const uint8_t* input_scale = static_cast<const uint8_t*>(p.input_scale);
+  const bool book = p.format.has_book();
+  Block at = {};
+  at.slot = row - panel.row;
+  at.padded_columns = layout.padded_columns;
+  at.middle = book ? 0 : 1 << (p.format.bits - 1);
+  at.steps = book ? book_steps(p.format.scheme) : 0;
+  at.limit = book ? static_cast<float>(book_limit(p.format.scheme)) : 0.0f;
   int32_t largest = 0;
   bool vanishing = false;
   for (int64_t group = 0; group < layout.groups; ++group) {
     const int64_t begin = group * layout.group_columns;
     const int64_t end = begin + layout.group_columns < p.k ? begin + layout.group_columns : p.k;
-    int64_t block = group * layout.blocks_per_group;
-    for (int64_t column = begin; column < end; column += kBlockColumns, ++block) {
-      const int64_t columns = end - column < kBlockColumns ? end - column : kBlockColumns;
-      const int32_t bits = prepare_block<kType, kPlanes>(x + column * kBytes, columns, column,
-                                                         block, row - panel.row, middle, panel);
+    at.index = group * layout.blocks_per_group;
+    for (int64_t column = begin; column < end; column += layout.block_columns, ++at.index) {
+      at.columns = end - column < layout.block_columns ? end - column : layout.block_columns;
+      at.column = column;
+      const int32_t bits = prepare_block<kType, kPlanes>(
+          x + column * kBytes, input_scale == nullptr ? nullptr : input_scale + column * kBytes, at,
+          panel);
       largest = bits > largest ? bits : largest;
       vanishing |= bits > 0 && bits < kTinyBits;
     }

@@ -7,6 +7,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc bug 105593: in its own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 #if defined(__GNUC__) && !defined(__clang__)
@@ -39,7 +40,13 @@ KVOPT_INLINE Ints set_ints(int32_t value) { return _mm512_set1_epi32(value); }
 KVOPT_INLINE Ints zero_ints() { return _mm512_setzero_si512(); }
 KVOPT_INLINE Ints bit_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
 KVOPT_INLINE Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+KVOPT_INLINE Ints subtract_ints(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
 KVOPT_INLINE Ints max_ints(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+
+// a where the mask's bits are set, else b
+KVOPT_INLINE Ints select_bits(Ints mask, Ints a, Ints b) {
+  return _mm512_ternarylogic_epi32(mask, a, b, 0xCA);
+}
 
 template <int kBits>
 KVOPT_INLINE Ints shift_right_16(Ints a) {
@@ -57,6 +64,53 @@ KVOPT_INLINE Ints dot_pairs(Ints sum, Ints w, Ints x) {
 #endif
 }
 
+// Four bytes of x, as an operand of the assembler.
+struct Word {
+  uint8_t bytes[4];
+};
+
+// The same with a pair of x in memory, repeated: it takes no register. gcc would gather the
+// broadcasts of several rows in registers that their sums need.
+KVOPT_INLINE Ints dot_pairs_at(Ints sum, Ints w, const uint8_t* x) {
+#if defined(KVOPT_QLINEAR_VNNI)
+  __asm__("vpdpwssd %2%{1to16%}, %1, %0"
+          : "+v"(sum)
+          : "v"(w), "m"(*reinterpret_cast<const Word*>(x)));
+  return sum;
+#else
+  int32_t word;
+  memcpy(&word, x, sizeof(word));
+  return dot_pairs(sum, w, _mm512_set1_epi32(word));
+#endif
+}
+
+KVOPT_INLINE Ints shift_left_16_by(Ints a, int bits) {
+  return _mm512_sll_epi16(a, _mm_cvtsi32_si128(bits));
+}
+KVOPT_INLINE Ints shift_right_16_by(Ints a, int bits) {
+  return _mm512_srl_epi16(a, _mm_cvtsi32_si128(bits));
+}
+
+template <int kBits>
+KVOPT_INLINE Ints shift_left_16(Ints a) {
+  return _mm512_slli_epi16(a, kBits);
+}
+
+template <int kBits>
+KVOPT_INLINE Ints shift_right_32(Ints a) {
+  return _mm512_srai_epi32(a, kBits);
+}
+
+template <int kBits>
+KVOPT_INLINE Ints shift_left_32(Ints a) {
+  return _mm512_slli_epi32(a, kBits);
+}
+
+// 2^n for n in [-126, 127]
+KVOPT_INLINE Floats power_of_two(Ints n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23));
+}
+
 KVOPT_INLINE Floats load_floats(const float* source) { return _mm512_loadu_ps(source); }
 KVOPT_INLINE void store_floats(float* target, Floats v) { _mm512_storeu_ps(target, v); }
 KVOPT_INLINE Floats set_floats(float value) { return _mm512_set1_ps(value); }
@@ -65,10 +119,48 @@ KVOPT_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 KVOPT_INLINE Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 KVOPT_INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 KVOPT_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+KVOPT_INLINE Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+KVOPT_INLINE Floats min_floats(Floats a, Floats b) { return _mm512_min_ps(a, b); }  // NaN: b
+KVOPT_INLINE Floats max_floats(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // NaN: b
+KVOPT_INLINE Floats absolute(Floats v) { return _mm512_abs_ps(v); }
+
+// Of 32 values in two registers, eights 0 and 2, and eights 1 and 3.
+KVOPT_INLINE Floats first_eights(Floats a, Floats b) {
+  return _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(1, 0, 1, 0));
+}
+KVOPT_INLINE Floats second_eights(Floats a, Floats b) {
+  return _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(3, 2, 3, 2));
+}
+
+// source[32 * lane]
+KVOPT_INLINE Floats load_stride_32(const float* source) {
+  const __m512i at =
+      _mm512_setr_epi32(0, 32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448, 480);
+  return _mm512_i32gather_ps(at, source, 4);
+}
+
 KVOPT_INLINE Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 KVOPT_INLINE Ints round_to_ints(Floats v) { return _mm512_cvtps_epi32(v); }
 KVOPT_INLINE Ints magnitude_bits(Floats v) {
   return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
+}
+
+// Sixteen int16 values, found by the low four bits of each 16-bit half.
+struct Table {
+  Ints values;
+};
+
+KVOPT_INLINE Table make_table(const int16_t* values) {
+  // Twice, so that the fifth bit of vpermw's index does not matter.
+  const __m256i once = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+  return {_mm512_broadcast_i64x4(once)};
+}
+// The values of a register of 4-bit codes, in pairs of columns: 0 2 | 1 3 | 4 6 | 5 7.
+KVOPT_INLINE void look_up(const Table& table, Ints codes, Ints* pairs) {
+  pairs[0] = _mm512_permutexvar_epi16(codes, table.values);
+  pairs[1] = _mm512_permutexvar_epi16(shift_right_16<8>(codes), table.values);
+  pairs[2] = _mm512_permutexvar_epi16(shift_right_16<4>(codes), table.values);
+  pairs[3] = _mm512_permutexvar_epi16(shift_right_16<12>(codes), table.values);
 }
 
 KVOPT_INLINE Floats load_halves(const uint16_t* source) {
@@ -123,19 +215,17 @@ KVOPT_INLINE Ints dot_bytes(Ints sum, Ints w, Ints x) {
   return sum;
 }
 
+// The same with four bytes of x in memory, repeated.
+KVOPT_INLINE Ints dot_bytes_at(Ints sum, Ints w, const uint8_t* x) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0"
+          : "+v"(sum)
+          : "v"(w), "m"(*reinterpret_cast<const Word*>(x)));
+  return sum;
+}
+
 // Loads once what is used twice: gcc folds a load into each use, and a line on its way from memory
 // is then asked for twice.
 KVOPT_INLINE void keep_in_register(Ints* v) { __asm__("" : "+v"(*v)); }
-
-template <int kBits>
-KVOPT_INLINE Ints shift_right_32(Ints a) {
-  return _mm512_srai_epi32(a, kBits);
-}
-
-template <int kBits>
-KVOPT_INLINE Ints shift_left_32(Ints a) {
-  return _mm512_slli_epi32(a, kBits);
-}
 
 // 16 codes of consecutive columns as bytes, four of 256 h + l each: h h h h l l l l.
 KVOPT_INLINE void store_planes(void* target, Ints codes) {

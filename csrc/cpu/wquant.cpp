@@ -1,213 +1,231 @@
 // SPDX-License-Identifier: Apache-2.0
-// Round-to-nearest quantisation and the tile32 layout, in portable C++.
+// Plain codes into the tile32 layout and back, in portable C++.
 //
-// The rule is the one of params.h, bit for bit: fp32 arithmetic with true division, ties to even.
-// Rounding adds and subtracts 1.5 * 2^23, which leaves no fraction bits and so rounds in the
-// current (nearest-even) mode without a library call. Values are clamped to +-kClamp first, which
-// changes no result, because every clamp that follows is tighter. All loops over columns vectorise.
-// A weight is read twice (range, then codes), the second time from cache unless a group is very
-// long.
+// Of a tile, a row has one 32-bit word in every 128 bytes: the quads (4 codes, one a byte) of a
+// block's columns, each shifted to its place in the byte:
 //
-// Packing goes row by row into the 128-byte blocks of quant_format.h. Rows past N get codes, scale
-// and zero point 0; columns past K get code 0.
+//     bits 4    word = q0 | q1 << 4                        bits 8    word = q0
+//     bits 2    word = q0 | q1 << 2 | q2 << 4 | q3 << 6
+//     bits 3    two words as for 2 bits, of the low two bits, and
+//               word = bit 2 of q0 | bit 2 of q1 << 1 | ... | bit 2 of q7 << 7
+//
+// So a few word operations move 4 to 32 codes, far faster than memory brings them. A tile is walked
+// in chunks of columns whose bytes (both sides) stay in the first level of cache. Rows past N get
+// codes, scale and zero point 0; columns past K get code 0.
+//
+// A weight of many pages is asked to lie in huge ones before it is first written: a product reads
+// all of it, and small pages cost it a tenth of its speed.
 #include "cpu/wquant.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "cpu/float16.h"
+#include "cpu/huge_pages.h"
 
 namespace kvopt::cpu {
 namespace {
 
-constexpr int64_t kChunk = 256;  // columns converted at a time
-constexpr float kClamp = 1024.0f;
-constexpr float kSmallestHalf = 5.9604644775390625e-8f;  // 2^-24
+constexpr int64_t kRows = tile32::kRows;
+constexpr int64_t kChunk = 256;             // columns at a time, a multiple of every block
+constexpr int64_t kWordStride = kRows * 4;  // bytes from a row's word to its next
 
-float round_to_even(float value) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
-  return (value + kMagic) - kMagic;
+uint32_t load_word(const uint8_t* source) {
+  uint32_t word;
+  std::memcpy(&word, source, sizeof(word));
+  return word;
 }
 
-float clamp(float value, float low, float high) {
-  value = value > low ? value : low;  // NaN becomes low
-  return value < high ? value : high;
-}
+void store_word(uint8_t* target, uint32_t word) { std::memcpy(target, &word, sizeof(word)); }
 
-struct Range {
-  float low;   // min(0, min w)
-  float high;  // max(0, max w)
-};
-
-Range range_of(const float* values, int64_t count, Range range) {
-  float low = range.low;
-  float high = range.high;
-  for (int64_t i = 0; i < count; ++i) {
-    low = values[i] < low ? values[i] : low;
-    high = values[i] > high ? values[i] : high;
-  }
-  return {low, high};
-}
-
-float scale_of(const QuantFormat& format, Range range) {
-  const float largest_code = static_cast<float>((1 << format.bits) - 1);
-  float scale;
-  if (!format.symmetric) {
-    scale = (range.high - range.low) / largest_code;
+// One row's codes of a block; `out` is the row's word of the block's first 128 bytes.
+template <int kBits>
+void pack_block(const uint8_t* codes, uint8_t* out) {
+  if constexpr (kBits == 8) {
+    store_word(out, load_word(codes));
+  } else if constexpr (kBits == 4) {
+    constexpr uint32_t kMask = 0x0F0F0F0Fu;
+    store_word(out, (load_word(codes) & kMask) | (load_word(codes + 4) & kMask) << 4);
+  } else if constexpr (kBits == 2) {
+    uint32_t word = 0;
+    for (int i = 0; i < 4; ++i) word |= (load_word(codes + 4 * i) & 0x03030303u) << (2 * i);
+    store_word(out, word);
   } else {
-    const float magnitude = std::max(range.high, -range.low);
-    scale = format.bits == 8 ? magnitude / 127.0f : 2.0f * magnitude / largest_code;
-  }
-  return std::max(half_to_float(float_to_half(scale)), kSmallestHalf);
-}
-
-void quantize_values(const float* values, int64_t count, float scale, float zero,
-                     float largest_code, uint8_t* codes) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float steps = round_to_even(clamp(values[i] / scale, -kClamp, kClamp));
-    codes[i] = static_cast<uint8_t>(static_cast<int32_t>(clamp(steps + zero, 0.0f, largest_code)));
-  }
-}
-
-void quantize_row(const RtnParams& p, int64_t row) {
-  const int64_t groups = group_count(p.format, p.k);
-  const float largest_code = static_cast<float>((1 << p.format.bits) - 1);
-  float values[kChunk];
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t begin = group * p.format.group_size;
-    const int64_t end = std::min<int64_t>(begin + p.format.group_size, p.k);
-    Range range = {0.0f, 0.0f};
-    for (int64_t column = begin; column < end; column += kChunk) {
-      const int64_t count = std::min(kChunk, end - column);
-      load_floats(p.dtype, p.weight, row * p.k + column, count, values);
-      range = range_of(values, count, range);
+    uint32_t third = 0;
+    for (int i = 0; i < 8; ++i) {
+      third |= ((load_word(codes + 4 * i) >> 2) & 0x01010101u) << i;
     }
-    const float scale = scale_of(p.format, range);
-    const float zero =
-        p.format.symmetric
-            ? static_cast<float>(symmetric_zero(p.format))
-            : clamp(round_to_even(clamp(-range.low / scale, -kClamp, kClamp)), 0.0f, largest_code);
-    p.scale[row * groups + group] = float_to_half(scale);
-    p.zero[row * groups + group] = float_to_half(zero);
-    for (int64_t column = begin; column < end; column += kChunk) {
-      const int64_t count = std::min(kChunk, end - column);
-      if (end - begin > kChunk) {
-        load_floats(p.dtype, p.weight, row * p.k + column, count, values);
-      }
-      quantize_values(values, count, scale, zero, largest_code, p.codes + row * p.k + column);
+    pack_block<2>(codes, out);
+    pack_block<2>(codes + 16, out + kWordStride);
+    store_word(out + 2 * kWordStride, third);
+  }
+}
+
+template <int kBits>
+void unpack_block(const uint8_t* in, uint8_t* codes) {
+  if constexpr (kBits == 8) {
+    store_word(codes, load_word(in));
+  } else if constexpr (kBits == 4) {
+    const uint32_t word = load_word(in);
+    store_word(codes, word & 0x0F0F0F0Fu);
+    store_word(codes + 4, (word >> 4) & 0x0F0F0F0Fu);
+  } else if constexpr (kBits == 2) {
+    const uint32_t word = load_word(in);
+    for (int i = 0; i < 4; ++i) store_word(codes + 4 * i, (word >> (2 * i)) & 0x03030303u);
+  } else {
+    const uint32_t third = load_word(in + 2 * kWordStride);
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t low = load_word(in + i / 4 * kWordStride) >> (i % 4 * 2);
+      store_word(codes + 4 * i, (low & 0x03030303u) | ((third >> i) & 0x01010101u) << 2);
     }
   }
 }
 
-// One row's codes of a tile: `block` is the row's first byte of the tile, 128 bytes on is the next
-// block of columns.
-void pack_row(const QuantFormat& format, const uint8_t* codes, int64_t k, uint8_t* block) {
-  const int64_t columns = tile32::block_columns(format);
+constexpr QuantFormat format_of(int bits) { return {bits, 0, Scheme::kSymmetric}; }
+
+// `count` codes of a row from a column that starts a block; `out` as for pack_block.
+template <int kBits>
+void pack_columns(const uint8_t* codes, int64_t count, uint8_t* out) {
+  constexpr int64_t kColumns = tile32::block_columns(format_of(kBits));
+  constexpr int64_t kBytes = tile32::block_bytes(format_of(kBits));
   int64_t column = 0;
-  for (; column + columns <= k; column += columns, block += tile32::kBlockBytes) {
-    const uint8_t* c = codes + column;
-    for (int j = 0; j < 4; ++j) {
-      block[j] = format.bits == 4 ? static_cast<uint8_t>((c[j] & 15) | (c[j + 4] << 4)) : c[j];
-    }
+  for (; column + kColumns <= count; column += kColumns, out += kBytes) {
+    pack_block<kBits>(codes + column, out);
   }
-  if (column == k) return;
-  uint8_t last[8] = {};
-  std::memcpy(last, codes + column, static_cast<size_t>(k - column));
-  for (int j = 0; j < 4; ++j) {
-    block[j] =
-        format.bits == 4 ? static_cast<uint8_t>((last[j] & 15) | (last[j + 4] << 4)) : last[j];
-  }
+  if (column == count) return;
+  uint8_t last[kColumns] = {};
+  std::memcpy(last, codes + column, static_cast<size_t>(count - column));
+  pack_block<kBits>(last, out);
 }
 
-void unpack_row(const QuantFormat& format, const uint8_t* block, int64_t k, uint8_t* codes) {
-  const int64_t columns = tile32::block_columns(format);
+template <int kBits>
+void unpack_columns(const uint8_t* in, int64_t count, uint8_t* codes) {
+  constexpr int64_t kColumns = tile32::block_columns(format_of(kBits));
+  constexpr int64_t kBytes = tile32::block_bytes(format_of(kBits));
   int64_t column = 0;
-  for (; column + columns <= k; column += columns, block += tile32::kBlockBytes) {
-    uint8_t* c = codes + column;
-    for (int j = 0; j < 4; ++j) {
-      if (format.bits == 4) {
-        c[j] = block[j] & 15;
-        c[j + 4] = block[j] >> 4;
-      } else {
-        c[j] = block[j];
-      }
-    }
+  for (; column + kColumns <= count; column += kColumns, in += kBytes) {
+    unpack_block<kBits>(in, codes + column);
   }
-  for (int64_t c = 0; column + c < k; ++c) {
-    codes[column + c] =
-        static_cast<uint8_t>((block[c % 4] >> (c / 4 * 4)) & ((1 << format.bits) - 1));
-  }
+  if (column == count) return;
+  uint8_t last[kColumns];
+  unpack_block<kBits>(in, last);
+  std::memcpy(codes + column, last, static_cast<size_t>(count - column));
 }
 
-// Where in its tile the bytes of a row begin; its other bytes lie kBlockBytes apart.
-int64_t row_byte(const QuantFormat& format, int64_t k, int64_t row) {
-  return tile32::code_address(format, k, row, 0).byte;
+using PackColumns = void (*)(const uint8_t*, int64_t, uint8_t*);
+
+PackColumns pack_columns_of(const QuantFormat& f) {
+  return f.bits == 8   ? pack_columns<8>
+         : f.bits == 4 ? pack_columns<4>
+         : f.bits == 3 ? pack_columns<3>
+                       : pack_columns<2>;
 }
 
-}  // namespace
-
-void wquant_rtn(const RtnParams& p, int64_t row_begin, int64_t row_end) {
-  for (int64_t row = row_begin; row < row_end; ++row) quantize_row(p, row);
+PackColumns unpack_columns_of(const QuantFormat& f) {
+  return f.bits == 8   ? unpack_columns<8>
+         : f.bits == 4 ? unpack_columns<4>
+         : f.bits == 3 ? unpack_columns<3>
+                       : unpack_columns<2>;
 }
 
-void wquant_pack(const PackParams& p, int64_t row_begin, int64_t row_end) {
+// Offset of a row's first word in the packed buffer, for a column that starts a block.
+int64_t word_offset(const QuantFormat& f, int64_t k, int64_t row, int64_t column) {
+  return tile32::code_pieces(f, k, row, column).piece[0].word * 4;
+}
+
+void pack_meta(const PackParams& p, int64_t row_begin, int64_t row_end, int64_t padded_end) {
   const int64_t groups = group_count(p.format, p.k);
-  const int64_t padded_end = ceil_div(row_end, tile32::kRows) * tile32::kRows;
   for (int64_t row = row_begin; row < padded_end; ++row) {
     const bool padding = row >= row_end;
-    uint8_t* first = p.packed + row_byte(p.format, p.k, row);
-    if (padding) {
-      const int64_t blocks = ceil_div(p.k, tile32::block_columns(p.format));
-      for (int64_t b = 0; b < blocks; ++b) std::memset(first + b * tile32::kBlockBytes, 0, 4);
-    } else {
-      pack_row(p.format, p.codes + row * p.k, p.k, first);
-    }
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t plain = row * groups + group;
       p.meta[tile32::scale_index(p.format, p.k, row, group)] = padding ? 0 : p.scale[plain];
-      if (!p.format.symmetric) {
+      if (p.format.has_zeros()) {
         p.meta[tile32::zero_index(p.format, p.k, row, group)] = padding ? 0 : p.zero[plain];
       }
     }
   }
 }
 
+}  // namespace
+
+void wquant_pack(const PackParams& p, int64_t row_begin, int64_t row_end) {
+  static constexpr uint8_t kNoCodes[kChunk] = {};
+  const int64_t padded_end = ceil_div(row_end, kRows) * kRows;
+  const int64_t tile_bytes = tile32::tile_bytes(p.format, p.k);
+  advise_huge_pages(p.packed, static_cast<size_t>(tile32::packed_bytes(p.format, p.n, p.k)),
+                    static_cast<size_t>(row_begin / kRows * tile_bytes),
+                    static_cast<size_t>(padded_end / kRows * tile_bytes));
+  const PackColumns pack = pack_columns_of(p.format);
+  for (int64_t first = row_begin; first < row_end; first += kRows) {
+    for (int64_t column = 0; column < p.k; column += kChunk) {
+      const int64_t count = std::min(kChunk, p.k - column);
+      for (int64_t row = first; row < first + kRows; ++row) {
+        const uint8_t* codes = row < row_end ? p.codes + row * p.k + column : kNoCodes;
+        pack(codes, count, p.packed + word_offset(p.format, p.k, row, column));
+      }
+    }
+  }
+  pack_meta(p, row_begin, row_end, padded_end);
+}
+
 void wquant_unpack(const PackParams& p, int64_t row_begin, int64_t row_end) {
   const int64_t groups = group_count(p.format, p.k);
-  const uint16_t middle = float_to_half(static_cast<float>(symmetric_zero(p.format)));
+  const uint16_t implied_zero =
+      p.format.has_book() ? 0 : float_to_half(static_cast<float>(symmetric_zero(p.format)));
+  const PackColumns unpack = unpack_columns_of(p.format);
+  for (int64_t first = row_begin; first < row_end; first += kRows) {
+    const int64_t last = std::min(first + kRows, row_end);
+    for (int64_t column = 0; column < p.k; column += kChunk) {
+      const int64_t count = std::min(kChunk, p.k - column);
+      for (int64_t row = first; row < last; ++row) {
+        unpack(p.packed + word_offset(p.format, p.k, row, column), count,
+               p.codes + row * p.k + column);
+      }
+    }
+  }
   for (int64_t row = row_begin; row < row_end; ++row) {
-    unpack_row(p.format, p.packed + row_byte(p.format, p.k, row), p.k, p.codes + row * p.k);
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t plain = row * groups + group;
       p.scale[plain] = p.meta[tile32::scale_index(p.format, p.k, row, group)];
-      p.zero[plain] =
-          p.format.symmetric ? middle : p.meta[tile32::zero_index(p.format, p.k, row, group)];
+      p.zero[plain] = p.format.has_zeros() ? p.meta[tile32::zero_index(p.format, p.k, row, group)]
+                                           : implied_zero;
     }
   }
 }
 
 void wquant_dequantize(const DequantizeParams& p, int64_t row_begin, int64_t row_end) {
-  const int64_t groups = group_count(p.format, p.k);
+  const PackColumns unpack = unpack_columns_of(p.format);
+  float book[16] = {};
+  if (p.format.has_book()) {
+    for (int32_t code = 0; code < 16; ++code) book[code] = book_value(p.format.scheme, code);
+  }
   uint8_t codes[kChunk];
   float values[kChunk];
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const uint8_t* first = p.packed + row_byte(p.format, p.k, row);
-    for (int64_t group = 0; group < groups; ++group) {
-      const float scale = half_to_float(p.meta[tile32::scale_index(p.format, p.k, row, group)]);
-      const float zero = p.format.symmetric
-                             ? static_cast<float>(symmetric_zero(p.format))
-                             : half_to_float(p.meta[tile32::zero_index(p.format, p.k, row, group)]);
-      const int64_t begin = group * p.format.group_size;
-      const int64_t end = std::min<int64_t>(begin + p.format.group_size, p.k);
-      for (int64_t column = begin; column < end; column += kChunk) {
-        const int64_t count = std::min(kChunk, end - column);
-        const int64_t block = column / tile32::block_columns(p.format);  // groups begin at blocks
-        unpack_row(p.format, first + block * tile32::kBlockBytes, count, codes);
-        for (int64_t i = 0; i < count; ++i) {
-          values[i] = scale * (static_cast<float>(codes[i]) - zero);
+  for (int64_t first = row_begin; first < row_end; first += kRows) {
+    const int64_t last = std::min(first + kRows, row_end);
+    for (int64_t column = 0; column < p.k; column += kChunk) {
+      const int64_t end = std::min(column + kChunk, p.k);
+      for (int64_t row = first; row < last; ++row) {
+        unpack(p.packed + word_offset(p.format, p.k, row, column), end - column, codes);
+        for (int64_t c = column; c < end;) {  // the part of each group
+          const int64_t group = c / p.format.group_size;
+          const int64_t stop = std::min<int64_t>((group + 1) * p.format.group_size, end);
+          const float scale = half_to_float(p.meta[tile32::scale_index(p.format, p.k, row, group)]);
+          if (p.format.has_book()) {
+            for (; c < stop; ++c) values[c - column] = scale * book[codes[c - column]];
+            continue;
+          }
+          const float zero =
+              p.format.has_zeros()
+                  ? half_to_float(p.meta[tile32::zero_index(p.format, p.k, row, group)])
+                  : static_cast<float>(symmetric_zero(p.format));
+          for (int64_t i = c - column; i < stop - column; ++i) {
+            values[i] = scale * (static_cast<float>(codes[i]) - zero);
+          }
+          c = stop;
         }
-        store_floats(p.dtype, values, count, p.weight, row * p.k + column);
+        store_floats(p.dtype, values, end - column, p.weight, row * p.k + column);
       }
     }
   }

@@ -7,6 +7,9 @@
 
 namespace kvopt::cuda {
 
+// Whether the layouts and kernels of this folder know the format at this size.
+bool is_valid_weight(const QuantFormat& f, int64_t n, int64_t k);
+
 int wquant_rtn(const RtnParams& p, void* stream);
 int wquant_pack(const PackParams& p, void* stream);
 int wquant_unpack(const PackParams& p, void* stream);

@@ -1,10 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "host/read_probe.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <new>
 #include <stdexcept>
 #include <thread>
+#include <vector>
+
+#include "cpu/huge_pages.h"
 
 namespace kvopt::host {
 namespace {
@@ -23,8 +28,14 @@ uint64_t sum_range(const uint64_t* data, size_t count) {
 
 }  // namespace
 
-ReadProbe::ReadProbe(size_t bytes) : buffer_(bytes / sizeof(uint64_t), 0x9E3779B97F4A7C15u) {
-  if (buffer_.empty()) throw std::invalid_argument("ReadProbe: bytes must be at least 8");
+ReadProbe::ReadProbe(size_t bytes) : count_(bytes / sizeof(uint64_t)) {
+  if (count_ == 0) throw std::invalid_argument("ReadProbe: bytes must be at least 8");
+  const size_t pages = (bytes + cpu::kHugePageBytes - 1) / cpu::kHugePageBytes;
+  const size_t rounded = pages * cpu::kHugePageBytes;
+  buffer_.reset(static_cast<uint64_t*>(std::aligned_alloc(cpu::kHugePageBytes, rounded)));
+  if (buffer_ == nullptr) throw std::bad_alloc();
+  cpu::advise_huge_pages(buffer_.get(), rounded, 0, rounded);
+  std::fill_n(buffer_.get(), count_, uint64_t{0x9E3779B97F4A7C15});
 }
 
 double ReadProbe::run(int threads) {
@@ -33,11 +44,11 @@ double ReadProbe::run(int threads) {
   std::atomic<int> ready{0};
   std::atomic<bool> go{false};
   const auto work = [&](int t) {
-    const size_t begin = buffer_.size() * t / threads, end = buffer_.size() * (t + 1) / threads;
+    const size_t begin = count_ * t / threads, end = count_ * (t + 1) / threads;
     ready.fetch_add(1);
     while (!go.load(std::memory_order_acquire)) {
     }
-    sink.fetch_add(sum_range(buffer_.data() + begin, end - begin));
+    sink.fetch_add(sum_range(buffer_.get() + begin, end - begin));
   };
   std::vector<std::thread> others;
   for (int t = 1; t < threads; ++t) others.emplace_back(work, t);
@@ -50,7 +61,7 @@ double ReadProbe::run(int threads) {
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   volatile uint64_t keep = sink.load();  // the sums are not to be optimised away
   (void)keep;
-  return static_cast<double>(buffer_.size() * sizeof(uint64_t)) / seconds.count();
+  return static_cast<double>(count_ * sizeof(uint64_t)) / seconds.count();
 }
 
 }  // namespace kvopt::host

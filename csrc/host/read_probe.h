@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // How fast this machine reads memory in order: the roof of every product that reads its weights
-// once.
+// once. The buffer lies on huge pages where the system gives them, as packed weights do.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <cstdlib>
+#include <memory>
 
 namespace kvopt::host {
 
@@ -18,7 +19,11 @@ class ReadProbe {
   double run(int threads);
 
  private:
-  std::vector<uint64_t> buffer_;
+  struct Free {
+    void operator()(uint64_t* data) const { std::free(data); }
+  };
+  size_t count_;
+  std::unique_ptr<uint64_t[], Free> buffer_;
 };
 
 }  // namespace kvopt::host

@@ -59,10 +59,31 @@ inline void check_same_device(const Tensor& t, const Tensor& as, const char* op,
                   " must be on the device of the first argument");
 }
 
-// The format, once it is known to be one that the kernels take for `k` columns.
-inline QuantFormat check_format(int64_t bits, int64_t group_size, bool symmetric, int64_t n,
+inline void check_same_type(const Tensor& t, const Tensor& as, const char* op,
+                            const char* argument) {
+  STD_TORCH_CHECK(t.scalar_type() == as.scalar_type(), op, ": ", argument,
+                  " must have the dtype of the first argument (number ",
+                  static_cast<int>(as.scalar_type()), "), got dtype number ",
+                  static_cast<int>(t.scalar_type()));
+  check_same_device(t, as, op, argument);
+}
+
+inline bool is_scheme(int64_t scheme, Scheme expected) {
+  return scheme == static_cast<int64_t>(expected);
+}
+
+// The format, once it is known to be one that the kernels take for a weight (n, k).
+inline QuantFormat check_format(int64_t bits, int64_t group_size, int64_t scheme, int64_t n,
                                 int64_t k, const char* op) {
-  STD_TORCH_CHECK(bits == 4 || bits == 8, op, ": bits must be 4 or 8, got ", bits);
+  STD_TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, op,
+                  ": bits must be 2, 3, 4 or 8, got ", bits);
+  STD_TORCH_CHECK(scheme >= 0 && scheme <= static_cast<int64_t>(Scheme::kInt8Dynamic), op,
+                  ": scheme must be 0 (asymmetric), 1 (symmetric), 2 (nf4), 3 (fp4) or 4 (int8 "
+                  "dynamic), got ",
+                  scheme);
+  const bool book = is_scheme(scheme, Scheme::kNf4) || is_scheme(scheme, Scheme::kFp4);
+  STD_TORCH_CHECK(!book || bits == 4, op, ": bits must be 4 for the code book of scheme ", scheme,
+                  ", got ", bits);
   STD_TORCH_CHECK(n >= 1 && k >= 1, op, ": the weight needs at least one row and one column, got (",
                   n, ", ", k, ")");
   STD_TORCH_CHECK(n <= INT32_MAX && k <= INT32_MAX, op, ": the weight is too large: (", n, ", ", k,
@@ -71,7 +92,14 @@ inline QuantFormat check_format(int64_t bits, int64_t group_size, bool symmetric
       group_size == k || (group_size >= 16 && group_size % 16 == 0 && group_size <= k), op,
       ": group_size must be a multiple of 16 up to the number of columns, or that number itself (",
       k, "), got ", group_size);
-  return {static_cast<int32_t>(bits), static_cast<int32_t>(group_size), symmetric};
+  if (is_scheme(scheme, Scheme::kInt8Dynamic)) {
+    STD_TORCH_CHECK(bits == 8, op, ": bits must be 8 for int8 dynamic, got ", bits);
+    STD_TORCH_CHECK(group_size == k, op,
+                    ": group_size must be the number of columns for int8 dynamic (", k, "), got ",
+                    group_size);
+  }
+  return {static_cast<int32_t>(bits), static_cast<int32_t>(group_size),
+          static_cast<Scheme>(scheme)};
 }
 
 }  // namespace kvopt::ops

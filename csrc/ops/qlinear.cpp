@@ -6,19 +6,16 @@
 namespace kvopt::ops {
 
 Tensor qlinear_cpu(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias, int64_t n,
-                   int64_t bits, int64_t group_size, bool symmetric) {
-  QLinearCall c = make_qlinear(x, packed, meta, bias, n, bits, group_size, symmetric, kTile32);
+                   int64_t bits, int64_t group_size, int64_t scheme, int64_t activation_bits,
+                   std::optional<Tensor> input_scale, std::optional<Tensor> low_rank_x,
+                   std::optional<Tensor> low_rank_w, bool swiglu, std::optional<Tensor> residual) {
+  QLinearCall c = make_qlinear({x, packed, meta, bias, n, bits, group_size, scheme, activation_bits,
+                                input_scale, low_rank_x, low_rank_w, swiglu, residual},
+                               kTile32);
   QLinearParams& p = c.params;
   if (p.m == 0) return c.y;
-  const cpu::Isa isa = cpu::selected_isa();
-  const cpu::QLinearKernels& kernels = cpu::qlinear_kernels(isa);
-
-  const int64_t bytes = cpu::qlinear_workspace_bytes(p, isa);
-  Tensor workspace;
-  if (bytes > 0) {
-    workspace = torch::stable::new_empty(c.x, {bytes}, ScalarType::Byte);
-    p.workspace = workspace.mutable_data_ptr();
-  }
+  const cpu::QLinearKernels& kernels = cpu::qlinear_kernels(p, cpu::selected_isa());
+  const std::optional<Tensor> workspace = make_workspace(c, kernels.workspace_bytes(p));
 
   // A thread must have enough to read that waking it (some microseconds) pays: about 128 KiB of
   // weights at M = 1.

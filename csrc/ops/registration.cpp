@@ -2,14 +2,11 @@
 // Every operator's schema and its implementation per device; fake implementations are in
 // python/kvopt/_library.py.
 //
-// Weights (N, K). A format is (bits, group_size, symmetric) as in common/quant_format.h; group_size
-// = K is one group per row. `packed` (uint8) and `meta` (int16, fp16 bit patterns) are in the
-// layout of their device.
-#ifndef Py_LIMITED_API
-#define Py_LIMITED_API 0x030A0000  // Python 3.10
-#endif
-#include <Python.h>
-
+// Weights (N, K). A format is (bits, group_size, scheme) as in common/quant_format.h; group_size =
+// K is one group per row; scheme is the number of a Scheme. `packed` (uint8) and `meta` (int16,
+// fp16 bit patterns) are in the layout of their device. What qlinear computes stands in
+// common/params.h.
+#include "ops/explain.h"  // brings Python.h, which comes before everything
 #include "ops/ops.h"
 
 using namespace kvopt::ops;
@@ -18,21 +15,23 @@ STABLE_TORCH_LIBRARY(kvopt, m) {
   m.def(
       "qlinear(Tensor x, Tensor packed, Tensor meta, Tensor? bias, int n, int bits, int "
       "group_size, "
-      "bool symmetric) -> Tensor");
+      "int scheme, int activation_bits=16, Tensor? input_scale=None, Tensor? low_rank_x=None, "
+      "Tensor? low_rank_w=None, bool swiglu=False, Tensor? residual=None) -> Tensor");
   m.def(
-      "wquant_rtn(Tensor weight, int bits, int group_size, bool symmetric) -> (Tensor codes, "
-      "Tensor "
+      "wquant_rtn(Tensor weight, int bits, int group_size, int scheme) -> (Tensor codes, Tensor "
       "scale, Tensor zero)");
   m.def(
-      "wquant_pack(Tensor codes, Tensor scale, Tensor zero, int bits, int group_size, bool "
-      "symmetric) "
+      "wquant_pack(Tensor codes, Tensor scale, Tensor zero, int bits, int group_size, int scheme) "
       "-> (Tensor packed, Tensor meta)");
   m.def(
-      "wquant_unpack(Tensor packed, Tensor meta, int n, int k, int bits, int group_size, bool "
-      "symmetric) -> (Tensor codes, Tensor scale, Tensor zero)");
+      "wquant_unpack(Tensor packed, Tensor meta, int n, int k, int bits, int group_size, int "
+      "scheme) -> (Tensor codes, Tensor scale, Tensor zero)");
   m.def(
-      "wquant_dequantize(Tensor packed, Tensor meta, int n, int k, int bits, int group_size, bool "
-      "symmetric, ScalarType dtype) -> Tensor");
+      "wquant_dequantize(Tensor packed, Tensor meta, int n, int k, int bits, int group_size, int "
+      "scheme, ScalarType dtype) -> Tensor");
+  m.def(
+      "wquant_expand_scales(Tensor absmax_codes, Tensor absmax_scale, Tensor offset, int n, int k, "
+      "int bits, int group_size, int scheme) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvopt, CPU, m) {
@@ -41,6 +40,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvopt, CPU, m) {
   m.impl("wquant_pack", TORCH_BOX(&wquant_pack_cpu));
   m.impl("wquant_unpack", TORCH_BOX(&wquant_unpack_cpu));
   m.impl("wquant_dequantize", TORCH_BOX(&wquant_dequantize_cpu));
+  m.impl("wquant_expand_scales", TORCH_BOX(&wquant_expand_scales_cpu));
 }
 
 #ifdef KVOPT_WITH_CUDA
@@ -50,14 +50,16 @@ STABLE_TORCH_LIBRARY_IMPL(kvopt, CUDA, m) {
   m.impl("wquant_pack", TORCH_BOX(&wquant_pack_cuda));
   m.impl("wquant_unpack", TORCH_BOX(&wquant_unpack_cuda));
   m.impl("wquant_dequantize", TORCH_BOX(&wquant_dequantize_cuda));
+  m.impl("wquant_expand_scales", TORCH_BOX(&wquant_expand_scales_cuda));
 }
 #endif
 
-// `import kvopt._ops` loads the library, which registers the operators, and tells what it was built
-// with.
+// `import kvopt._ops` loads the library, which registers the operators, tells what it was built
+// with, and explains which kernel a product takes.
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__ops() {
+  static PyMethodDef methods[] = {kExplainMethod, {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_ops", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_ops", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   PyModule_AddStringConstant(module, "cuda_archs", KVOPT_CUDA_ARCHS);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/wquant.h"
 
+#include "cpu/wquant_scales.h"
 #include "ops/wquant_common.h"
 
 namespace kvopt::ops {
@@ -20,36 +21,45 @@ void over_row_tiles(int64_t n, int64_t k, const Work& work) {
 
 }  // namespace
 
-Triple wquant_rtn_cpu(Tensor weight, int64_t bits, int64_t group_size, bool symmetric) {
-  RtnCall c = make_rtn(weight, bits, group_size, symmetric);
+Triple wquant_rtn_cpu(Tensor weight, int64_t bits, int64_t group_size, int64_t scheme) {
+  RtnCall c = make_rtn(weight, bits, group_size, scheme);
   over_row_tiles(c.params.n, c.params.k,
                  [&](int64_t begin, int64_t end) { cpu::wquant_rtn(c.params, begin, end); });
   return {c.codes, c.scale, c.zero};
 }
 
 Pair wquant_pack_cpu(Tensor codes, Tensor scale, Tensor zero, int64_t bits, int64_t group_size,
-                     bool symmetric) {
-  PackCall c = make_pack(codes, scale, zero, bits, group_size, symmetric, kTile32);
+                     int64_t scheme) {
+  PackCall c = make_pack(codes, scale, zero, bits, group_size, scheme, kTile32);
   over_row_tiles(c.params.n, c.params.k,
                  [&](int64_t begin, int64_t end) { cpu::wquant_pack(c.params, begin, end); });
   return {c.packed, c.meta};
 }
 
 Triple wquant_unpack_cpu(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
-                         int64_t group_size, bool symmetric) {
-  PackCall c = make_unpack(packed, meta, n, k, bits, group_size, symmetric, kTile32);
+                         int64_t group_size, int64_t scheme) {
+  PackCall c = make_unpack(packed, meta, n, k, bits, group_size, scheme, kTile32);
   over_row_tiles(n, k,
                  [&](int64_t begin, int64_t end) { cpu::wquant_unpack(c.params, begin, end); });
   return {c.codes, c.scale, c.zero};
 }
 
 Tensor wquant_dequantize_cpu(Tensor packed, Tensor meta, int64_t n, int64_t k, int64_t bits,
-                             int64_t group_size, bool symmetric, ScalarType dtype) {
-  DequantizeCall c =
-      make_dequantize(packed, meta, n, k, bits, group_size, symmetric, dtype, kTile32);
+                             int64_t group_size, int64_t scheme, ScalarType dtype) {
+  DequantizeCall c = make_dequantize(packed, meta, n, k, bits, group_size, scheme, dtype, kTile32);
   over_row_tiles(n, k,
                  [&](int64_t begin, int64_t end) { cpu::wquant_dequantize(c.params, begin, end); });
   return c.weight;
+}
+
+Tensor wquant_expand_scales_cpu(Tensor absmax_codes, Tensor absmax_scale, Tensor offset, int64_t n,
+                                int64_t k, int64_t bits, int64_t group_size, int64_t scheme) {
+  ExpandScalesCall c = make_expand_scales(absmax_codes, absmax_scale, offset, n, k, bits,
+                                          group_size, scheme, kTile32);
+  const cpu::ExpandScales expand = cpu::wquant_expand_scales(cpu::selected_isa());
+  over_row_tiles(n, group_count(c.params.format, k),
+                 [&](int64_t begin, int64_t end) { expand(c.params, begin, end); });
+  return c.meta;
 }
 
 }  // namespace kvopt::ops

@@ -48,6 +48,17 @@ def missing_kernel_reason(device_type: str) -> str | None:
     return f"kvopt has no kernels for device {device_type!r}"
 
 
+def require_ops() -> Any:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it could not be loaded.
+    """
+    if _ops_module is None:
+        raise RuntimeError(_ops_error)
+    return _ops_module
+
+
 def announce_fallback(device_type: str) -> None:
     """Says once per device that the reference implementation runs instead of a kernel.
 
@@ -119,12 +130,18 @@ def _register() -> None:
         n: int,
         bits: int,
         group_size: int,
-        symmetric: bool,
+        scheme: int,
+        activation_bits: int = 16,
+        input_scale: Tensor | None = None,
+        low_rank_x: Tensor | None = None,
+        low_rank_w: Tensor | None = None,
+        swiglu: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        return x.new_empty((*x.shape[:-1], n))
+        return x.new_empty((*x.shape[:-1], n // 2 if swiglu else n))
 
     @fake("kvopt::wquant_rtn")
-    def _(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _(weight: Tensor, bits: int, group_size: int, scheme: int) -> tuple[Tensor, Tensor, Tensor]:
         n, k = weight.shape
         groups = reference.group_count(k, group_size)
         half = functools.partial(weight.new_empty, (n, groups), dtype=torch.float16)
@@ -132,17 +149,17 @@ def _register() -> None:
 
     @fake("kvopt::wquant_pack")
     def _(
-        codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, symmetric: bool
+        codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, scheme: int
     ) -> tuple[Tensor, Tensor]:
         n, k = codes.shape
         layout = reference.layout_of(codes.device)
-        size = reference.packed_bytes(n, k, bits, layout)
-        count = reference.meta_count(n, reference.group_count(k, group_size), symmetric, layout)
+        size = reference.packed_bytes(n, k, bits, scheme, layout)
+        count = reference.meta_count(n, reference.group_count(k, group_size), scheme, layout)
         return codes.new_empty(size), codes.new_empty(count, dtype=torch.int16)
 
     @fake("kvopt::wquant_unpack")
     def _(
-        packed: Tensor, meta: Tensor, n: int, k: int, bits: int, group_size: int, symmetric: bool
+        packed: Tensor, meta: Tensor, n: int, k: int, bits: int, group_size: int, scheme: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         half = functools.partial(
             packed.new_empty, (n, reference.group_count(k, group_size)), dtype=torch.float16
@@ -157,29 +174,76 @@ def _register() -> None:
         k: int,
         bits: int,
         group_size: int,
-        symmetric: bool,
+        scheme: int,
         dtype: torch.dtype,
     ) -> Tensor:
         return packed.new_empty((n, k), dtype=dtype)
 
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, packed, meta, bias, *ctx.format = inputs
-        ctx.save_for_backward(packed, meta)
-        ctx.k, ctx.dtype, ctx.has_bias = x.shape[-1], x.dtype, bias is not None
+    @fake("kvopt::wquant_expand_scales")
+    def _(
+        absmax_codes: Tensor,
+        absmax_scale: Tensor,
+        offset: Tensor,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        scheme: int,
+    ) -> Tensor:
+        layout = reference.layout_of(absmax_codes.device)
+        count = reference.meta_count(n, reference.group_count(k, group_size), scheme, layout)
+        return absmax_codes.new_empty(count, dtype=torch.int16)
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed, meta = ctx.saved_tensors
-        n, bits, group_size, symmetric = ctx.format
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            dequantize = torch.ops.kvopt.wquant_dequantize
-            weight = dequantize(packed, meta, n, ctx.k, bits, group_size, symmetric, ctx.dtype)
-            grad_x = grad @ weight
-        if ctx.has_bias and ctx.needs_input_grad[3]:
-            grad_bias = grad.reshape(-1, n).sum(dim=0)
-        return grad_x, None, None, grad_bias, None, None, None, None
+    torch.library.register_autograd("kvopt::qlinear", _qlinear_backward, setup_context=_qlinear_remember)
 
-    torch.library.register_autograd("kvopt::qlinear", backward, setup_context=remember)
+
+def _qlinear_remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, meta, bias, *ctx.format, input_scale, low_rank_x, low_rank_w, ctx.swiglu, residual = inputs
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    ctx.save_for_backward(x, packed, meta, bias, input_scale, low_rank_x, low_rank_w)
+
+
+def _qlinear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of everything but the packed weight.
+
+    ``h = (x * input_scale) @ w^T + bias + low_rank_x @ low_rank_w^T``, then SwiGLU and residual. Rounding activations
+    to int8 counts as the identity ("straight through"). SwiGLU computes ``h`` a second time instead of keeping it.
+    """
+    x, packed, meta, bias, input_scale, low_rank_x, low_rank_w = ctx.saved_tensors
+    n, bits, group_size, scheme, activation_bits = ctx.format
+    needs = ctx.needs_input_grad
+    k = x.shape[-1]
+    grads: list[Tensor | None] = [None] * len(needs)
+    if ctx.has_residual and needs[13]:
+        grads[13] = grad
+    if ctx.swiglu:
+        h = torch.ops.kvopt.qlinear(
+            *(x, packed, meta, bias, n, bits, group_size, scheme, activation_bits),
+            *(input_scale, low_rank_x, low_rank_w),
+        )
+        gate, up = (part.float() for part in reference.split_swiglu(h))
+        slope = gate.sigmoid()
+        to_up = grad * gate * slope
+        to_gate = grad * up * slope * (1 + gate * (1 - slope))
+        grad = reference.join_swiglu(to_gate, to_up).to(grad.dtype)
+    rows = grad.reshape(-1, n)
+    if needs[0] or (input_scale is not None and needs[9]):
+        weight = torch.ops.kvopt.wquant_dequantize(packed, meta, n, k, bits, group_size, scheme, x.dtype)
+        grad_scaled = grad @ weight
+        if input_scale is None:
+            grads[0] = grad_scaled
+        else:
+            grads[0] = grad_scaled * input_scale
+            if needs[9]:
+                grads[9] = (grad_scaled.float() * x.float()).reshape(-1, k).sum(dim=0).to(x.dtype)
+    if ctx.has_bias and needs[3]:
+        grads[3] = rows.sum(dim=0)
+    if low_rank_x is not None:
+        if needs[10]:
+            grads[10] = grad @ low_rank_w
+        if needs[11]:
+            grads[11] = rows.T @ low_rank_x.reshape(-1, low_rank_x.shape[-1])
+    return tuple(grads)
 
 
 if _ops_module is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``kvopt run | eval | generate | doctor``.
+"""The command line: ``kvopt run | eval | generate | bench | doctor``.
 
 Exit codes: 0 done, 1 it ran and something failed, 2 bad usage or input. Results go to stdout, all else to stderr.
 Heavy imports wait until a command needs them: ``kvopt --help`` answers at once.
@@ -86,6 +86,21 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt")
     generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
     _model_options(generate, model=False)
+
+    bench = _command(commands, "bench", _bench, "time one product beside the dense one, or explain its path")
+    bench.add_argument("--m", nargs="+", type=_positive, default=[1, 16, 256], help="rows of activations")
+    bench.add_argument("--n", type=_positive, default=4096, help="rows of the weight (default %(default)s)")
+    bench.add_argument("--k", type=_positive, default=4096, help="columns (default %(default)s)")
+    bench.add_argument("--recipe", nargs="+", default=["int4_g128"], metavar="R")
+    bench.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    bench.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    bench.add_argument(
+        "--explain", action="store_true", help="say which path a shape takes and why; runs nothing"
+    )
+    bench.add_argument(
+        "--capability", type=_capability, metavar="CC", help="--explain for this GPU: 75, 9.0 …"
+    )
+    bench.add_argument("--sms", type=_positive, metavar="N", help="and its number of multiprocessors")
 
     _command(
         commands,
@@ -235,6 +250,69 @@ def _generate(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from kvopt.weights import Recipe
+
+    described = arguments.capability is not None or arguments.sms is not None
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if described or torch.cuda.is_available() else "cpu"
+    with _input():
+        if described and not (arguments.explain and device == "cuda"):
+            raise ValueError("--capability and --sms describe a GPU to --explain")
+        if not arguments.explain and device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU")
+        formats = {}
+        for recipe in map(Recipe.parse, arguments.recipe):
+            if recipe.format is None:
+                raise ValueError(f"recipe {str(recipe)!r} quantises nothing")
+            recipe.format.group_columns(arguments.k)
+            formats[str(recipe)] = recipe.format
+    name = {"cpu": "bf16", "cuda": "fp16"}[device] if arguments.dtype == "auto" else arguments.dtype
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    shape = {"n": arguments.n, "k": arguments.k, "dtype": name, "device": device}
+    rows: list[dict[str, Any]] = []
+    for recipe_name, format in formats.items():
+        for m in arguments.m:
+            row: dict[str, Any] = {"m": m, **shape, "recipe": recipe_name}
+            if arguments.explain:
+                from kvopt import ops
+
+                with _input():
+                    row["path"] = ops.explain_qlinear(
+                        *(m, arguments.n, arguments.k, format, device, dtype),
+                        capability=arguments.capability,
+                        multiprocessors=arguments.sms,
+                    )
+            else:
+                from dataclasses import asdict
+
+                from kvopt.experiments.products import time_product
+
+                row |= asdict(
+                    time_product(m, arguments.n, arguments.k, recipe_name, device=device, dtype=dtype)
+                ) | {"dtype": name}
+            rows.append(row)
+            if not arguments.json:
+                _print_bench(row)
+    if arguments.json:
+        print(json.dumps(rows, allow_nan=False, ensure_ascii=False))
+    return DONE
+
+
+def _print_bench(row: dict[str, Any]) -> None:
+    print(f"{row['recipe']}, {row['dtype']}, {row['device']}: M = {row['m']}, N = {row['n']}, K = {row['k']}")
+    if "path" in row:
+        print("\n".join("  " + line for line in row["path"].splitlines()))
+        return
+    print(
+        f"  {row['microseconds']:.1f} us, {row['gb_per_s']:.1f} GB/s; dense {row['dense_microseconds']:.1f} us: "
+        f"{row['speedup']:.2f}x; relative error {row['relative_error']:.2g}"
+    )
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from kvopt.doctor import diagnose, print_diagnosis
 
@@ -303,6 +381,13 @@ def _hush() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".") if "." in text else (text[:-1], "", text[-1:])
+    if not (major.isdigit() and minor.isdigit()) or int(minor) > 9:
+        raise argparse.ArgumentTypeError(f"expected a compute capability, 75 or 9.0 for instance; got {text}")
+    return int(major), int(minor)
 
 
 def _count(text: str) -> int:

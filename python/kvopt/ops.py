@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators, typed. Each calls its compiled kernel, or ``reference`` where none exists (said once, loudly).
 
-A weight is (N, K). A format is ``bits`` (4 or 8), ``group_size`` (columns per group, K for one group per row) and
-``symmetric``. ``packed`` and ``meta`` are in the layout of the device they are on (``csrc/common/quant_format.h``).
+A weight is (N, K). A format is ``bits`` (2, 3, 4 or 8), ``group_size`` (columns per group, K for one group per row) and
+``scheme``, a :class:`kvopt.reference.Scheme`; the code books NF4 and FP4 have 4 bits, INT8_DYNAMIC has 8 and one group
+per row. ``packed`` and ``meta`` are in the layout of the device they are on (``csrc/common/quant_format.h``).
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvopt import _library, reference
+
+if TYPE_CHECKING:
+    from kvopt.weights.formats import WeightFormat
 
 
 def qlinear(
@@ -21,65 +27,84 @@ def qlinear(
     n: int,
     bits: int,
     group_size: int,
-    symmetric: bool,
+    scheme: int,
+    activation_bits: int = 16,
+    input_scale: Tensor | None = None,
+    low_rank_x: Tensor | None = None,
+    low_rank_w: Tensor | None = None,
+    swiglu: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """``x @ w^T + bias`` straight from the packed weight, activations in 16-bit precision or better.
+    """``act((x * input_scale) @ w^T + bias + low_rank_x @ low_rank_w^T) + residual`` straight from the packed weight.
 
     Args:
         x: (..., K) float32, float16 or bfloat16; any strides (made contiguous where it is not).
         packed: uint8, the codes.
         meta: int16, the scales and zero points as fp16 bit patterns.
-        bias: (N,) in the dtype of ``x``, or None.
+        bias: (N,), like every further tensor in the dtype of ``x``; or None.
         n: rows of the weight, N.
-        bits: 4 or 8.
+        bits: 2, 3, 4 or 8.
         group_size: columns per group.
-        symmetric: no stored zero points.
+        scheme: the :class:`~kvopt.reference.Scheme`.
+        activation_bits: 16 keeps the activations in 16-bit precision or better; 8 rounds them to int8 with one scale
+            per token and weight group, max ǀxǀ / 127. INT8_DYNAMIC always rounds them, per token.
+        input_scale: (K,), multiplies ``x``.
+        low_rank_x: (..., rank), and
+        low_rank_w: (N, rank): a correction of low rank.
+        swiglu: the weight's rows alternate in eights between gate and up (N a multiple of 16); the result is
+            ``silu(gate) * up``, (..., N / 2). Otherwise ``act`` is the identity.
+        residual: of the shape of the result.
 
     Returns:
-        (..., N) in the dtype of ``x``. Differentiable in ``x`` and ``bias``.
+        (..., N), or (..., N / 2), in the dtype of ``x``. Differentiable in every tensor but the weight; rounding to
+        int8 counts as the identity.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
     """
+    arguments = (
+        *(x, packed, meta, bias, n, bits, group_size, int(scheme), activation_bits),
+        *(input_scale, low_rank_x, low_rank_w, swiglu, residual),
+    )
     if x.device.type in _library.compiled:
-        result: Tensor = torch.ops.kvopt.qlinear(x, packed, meta, bias, n, bits, group_size, symmetric)
+        result: Tensor = torch.ops.kvopt.qlinear(*arguments)
         return result
     _library.announce_fallback(x.device.type)
-    return reference.qlinear(x, packed, meta, bias, n, bits, group_size, symmetric)
+    return reference.qlinear(*arguments)
 
 
-def wquant_rtn(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def wquant_rtn(weight: Tensor, bits: int, group_size: int, scheme: int) -> tuple[Tensor, Tensor, Tensor]:
     """Round to nearest: codes (N, K) uint8, scale (N, groups) float16, zero (N, groups) float16.
 
     The rule stands in ``csrc/common/params.h``; CPU, CUDA and reference agree bit for bit. ``weight`` must be finite.
     """
     if weight.device.type in _library.compiled:
-        codes, scale, zero = torch.ops.kvopt.wquant_rtn(weight, bits, group_size, symmetric)
+        codes, scale, zero = torch.ops.kvopt.wquant_rtn(weight, bits, group_size, int(scheme))
         return codes, scale, zero
     _library.announce_fallback(weight.device.type)
-    return reference.wquant_rtn(weight, bits, group_size, symmetric)
+    return reference.wquant_rtn(weight, bits, group_size, scheme)
 
 
 def wquant_pack(
-    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, symmetric: bool
+    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int, scheme: int
 ) -> tuple[Tensor, Tensor]:
     """Plain codes, scale and zero (as :func:`wquant_rtn` gives them) to ``packed`` and ``meta`` of their device."""
     if codes.device.type in _library.compiled:
-        packed, meta = torch.ops.kvopt.wquant_pack(codes, scale, zero, bits, group_size, symmetric)
+        packed, meta = torch.ops.kvopt.wquant_pack(codes, scale, zero, bits, group_size, int(scheme))
         return packed, meta
     _library.announce_fallback(codes.device.type)
-    return reference.wquant_pack(codes, scale, zero, bits, group_size, symmetric)
+    return reference.wquant_pack(codes, scale, zero, bits, group_size, scheme)
 
 
 def wquant_unpack(
-    packed: Tensor, meta: Tensor, n: int, k: int, bits: int, group_size: int, symmetric: bool
+    packed: Tensor, meta: Tensor, n: int, k: int, bits: int, group_size: int, scheme: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of :func:`wquant_pack`, bit for bit."""
+    """The inverse of :func:`wquant_pack`, bit for bit; zero points not stored are 2^(bits-1), with a book 0."""
     if packed.device.type in _library.compiled:
-        codes, scale, zero = torch.ops.kvopt.wquant_unpack(packed, meta, n, k, bits, group_size, symmetric)
+        codes, scale, zero = torch.ops.kvopt.wquant_unpack(packed, meta, n, k, bits, group_size, int(scheme))
         return codes, scale, zero
     _library.announce_fallback(packed.device.type)
-    return reference.wquant_unpack(packed, meta, n, k, bits, group_size, symmetric)
+    return reference.wquant_unpack(packed, meta, n, k, bits, group_size, scheme)
 
 
 def wquant_dequantize(
@@ -89,17 +114,47 @@ def wquant_dequantize(
     k: int,
     bits: int,
     group_size: int,
-    symmetric: bool,
+    scheme: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The dense (N, K) weight in ``dtype``: ``scale * (code - zero)`` in float32, rounded once."""
+    """The dense (N, K) weight in ``dtype``: ``scale * (code - zero)``, or ``scale * book[code]``, rounded once."""
     if packed.device.type in _library.compiled:
         weight: Tensor = torch.ops.kvopt.wquant_dequantize(
-            packed, meta, n, k, bits, group_size, symmetric, dtype
+            packed, meta, n, k, bits, group_size, int(scheme), dtype
         )
         return weight
     _library.announce_fallback(packed.device.type)
-    return reference.wquant_dequantize(packed, meta, n, k, bits, group_size, symmetric, dtype)
+    return reference.wquant_dequantize(packed, meta, n, k, bits, group_size, scheme, dtype)
+
+
+def wquant_expand_scales(
+    absmax_codes: Tensor,
+    absmax_scale: Tensor,
+    offset: Tensor,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    scheme: int,
+) -> Tensor:
+    """Double-quantised absmax to the ``meta`` that a product reads.
+
+    Args:
+        absmax_codes: (N * groups,) uint8, the groups of a row side by side.
+        absmax_scale: (⌈N * groups / 256⌉,) float32.
+        offset: () float32.
+        n: rows of the weight.
+        k: columns of the weight.
+        bits: 4.
+        group_size: columns per group.
+        scheme: NF4 or FP4.
+    """
+    arguments = (absmax_codes, absmax_scale, offset, n, k, bits, group_size, int(scheme))
+    if absmax_codes.device.type in _library.compiled:
+        meta: Tensor = torch.ops.kvopt.wquant_expand_scales(*arguments)
+        return meta
+    _library.announce_fallback(absmax_codes.device.type)
+    return reference.wquant_expand_scales(*arguments)
 
 
 def wquant_rows(
@@ -109,11 +164,59 @@ def wquant_rows(
     k: int,
     bits: int,
     group_size: int,
-    symmetric: bool,
+    scheme: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """The dense rows (rows, K) of a packed weight: the lookup of a packed embedding.
 
     A gather of a few rows, for which torch's indexing is the kernel on every device.
     """
-    return reference.wquant_rows(packed, meta, rows, k, bits, group_size, symmetric, dtype)
+    return reference.wquant_rows(packed, meta, rows, k, bits, group_size, scheme, dtype)
+
+
+_DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def explain_qlinear(
+    m: int,
+    n: int,
+    k: int,
+    format: WeightFormat,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    activation_bits: int | None = None,
+    capability: tuple[int, int] | None = None,
+    multiprocessors: int | None = None,
+) -> str:
+    """Which kernel the product x (M, K) by w (N, K) takes and why, as text.
+
+    Args:
+        m: rows of x.
+        n: rows of the weight.
+        k: columns of the weight.
+        format: of the weight.
+        device: ``"cpu"``: with the instruction set in use here; or ``"cuda"``.
+        dtype: of x.
+        activation_bits: 16 or 8; default: the format's.
+        capability: of the GPU, (9, 0) for instance; default: the current one's.
+        multiprocessors: of the GPU; default: the current one's.
+
+    Raises:
+        RuntimeError: the compiled operators, or those for CUDA, are missing, or there is no GPU and none was described.
+    """
+    module = _library.require_ops()
+    sm = count = 0
+    if device == "cuda":
+        if capability is None or multiprocessors is None:
+            if not torch.cuda.is_available():
+                raise RuntimeError("explain_qlinear: no GPU here; give capability and multiprocessors")
+            properties = torch.cuda.get_device_properties()
+            capability = capability or (properties.major, properties.minor)
+            multiprocessors = multiprocessors or properties.multi_processor_count
+        sm, count = 10 * capability[0] + capability[1], multiprocessors
+    bits = format.activation_bits if activation_bits is None else activation_bits
+    text: str = module.explain_qlinear(
+        *(m, n, k, format.bits, format.group_columns(k), int(format.scheme)),
+        *(_DTYPE_NUMBERS[dtype], bits, device, sm, count),
+    )
+    return text

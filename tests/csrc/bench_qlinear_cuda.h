@@ -15,6 +15,7 @@
 #include <string>
 
 #include "check_cuda.h"
+#include "cuda/device/qlinear_problem.cuh"
 #include "cuda/qlinear.h"
 #include "cuda/wquant.h"
 
@@ -95,7 +96,7 @@ inline int bench() {
   fill(packed, 0xFFFFFFFF, 0);
   fill(meta_asym, 0x000003FF, 0x48002000);  // {random scale, zero 8}
   fill(meta_sym, 0x03FF03FF, 0x20002000);
-  DeviceBuffer<uint8_t> x(16 << 20), y(64 << 20), dequantised(480ull << 20);
+  DeviceBuffer<uint8_t> x(32 << 20), y(128 << 20), dequantised(480ull << 20), work(64 << 20);
   fill(x, 0x8FFF8FFF, 0x30003000);
   cudaStream_t stream;
   CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -104,17 +105,19 @@ inline int bench() {
   std::printf("%-6s %-6s %5s  %-22s %9s %8s %7s\n", "N", "K", "M", "contender", "us", "GB/s",
               "ratio");
 
-  const int all_ms[] = {1, 2, 4, 6, 8, 9, 16, 32, 64, 128, 256, 512};
+  const int all_ms[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048};
   const int sizes[][2] = {{28672, 4096}, {4096, 4096}, {2048, 2048}, {16384, 2048}, {4096, 14336}};
-  const char* only =
-      std::getenv("KVOPT_BENCH_M");  // a list such as "1,16"; KVOPT_BENCH_NAME: part of a name
+  // Lists such as "1,16" and "28672x4096"; KVOPT_BENCH_NAME: part of a name.
+  const auto wanted = [](const char* variable, const std::string& value) {
+    const char* only = std::getenv(variable);
+    return only == nullptr ||
+           ("," + std::string(only) + ",").find("," + value + ",") != std::string::npos;
+  };
   for (const auto& size : sizes) {
     const int n = size[0], k = size[1];
+    if (!wanted("KVOPT_BENCH_SHAPE", std::to_string(n) + "x" + std::to_string(k))) continue;
     for (const int m : all_ms) {
-      if (only != nullptr && ("," + std::string(only) + ",").find("," + std::to_string(m) + ",") ==
-                                 std::string::npos) {
-        continue;
-      }
+      if (!wanted("KVOPT_BENCH_M", std::to_string(m))) continue;
       std::vector<Contender> contenders;
       if (cublas.available()) {
         contenders.push_back({"cuBLAS fp16", 2.0 * n * k, [&, n, k, m](int copy, cudaStream_t s) {
@@ -122,54 +125,98 @@ inline int bench() {
                                               m, n, k, s);
                               }});
       }
-      const auto add = [&](const char* name, QuantFormat f, DType dtype) {
+      const auto parameters = [=, &x, &y, &packed, &meta_asym, &meta_sym, &work](
+                                  const QuantFormat& f, DType dtype, int copy) {
+        const int64_t bytes = mma16::packed_bytes(f, n, k), metas = mma16::meta_count(f, n, k) * 2;
+        QLinearParams p{};
+        p.m = m;
+        p.n = n;
+        p.k = k;
+        p.dtype = dtype;
+        p.format = f;
+        p.activation_bits = f.scheme == Scheme::kInt8Dynamic ? 8 : 16;
+        p.x = x.get();
+        p.packed = packed.get() + copy * bytes;
+        p.meta = reinterpret_cast<const uint16_t*>((f.has_zeros() ? meta_asym : meta_sym).get() +
+                                                   copy * metas);
+        p.y = y.get();
+        p.workspace = work.get();
+        return p;
+      };
+      const auto add = [&](const char* name, QuantFormat f, DType dtype, bool tiled = false) {
         const int64_t bytes = mma16::packed_bytes(f, n, k), metas = mma16::meta_count(f, n, k) * 2;
         contenders.push_back(
-            {name, static_cast<double>(bytes + metas),
-             [=, &x, &y, &packed, &meta_asym, &meta_sym](int copy, cudaStream_t s) {
-               QLinearParams p{};
-               p.m = m;
-               p.n = n;
-               p.k = k;
-               p.dtype = dtype;
-               p.format = f;
-               p.x = x.get();
-               p.packed = packed.get() + copy * bytes;
-               p.meta = reinterpret_cast<const uint16_t*>(
-                   (f.symmetric ? meta_sym : meta_asym).get() + copy * metas);
-               p.y = y.get();
-               CHECK_CUDA(cuda::qlinear(p, s));
+            {name, static_cast<double>(bytes + metas), [=](int copy, cudaStream_t s) {
+               const QLinearParams p = parameters(f, dtype, copy);
+               if (!tiled) {
+                 CHECK_CUDA(cuda::qlinear(p, s));
+                 return;
+               }
+               cuda::Device device{};
+               CHECK_CUDA(cuda::query_device(device));
+               CHECK_CUDA(cuda::launch_gemm(cuda::make_problem(p),
+                                            {static_cast<const __half*>(p.x), p.k, nullptr}, device,
+                                            s));
              }});
       };
-      add("w4 g128 asym fp16", {4, 128, false}, DType::kFloat16);
-      add("w8 channel sym fp16", {8, k, true}, DType::kFloat16);
-      if (m == 1 || m == 16 || m == 64) {
-        add("w4 g128 sym fp16", {4, 128, true}, DType::kFloat16);
-        add("w4 g32 asym fp16", {4, 32, false}, DType::kFloat16);
-        add("w4 g128 asym bf16", {4, 128, false}, DType::kBFloat16);
-      }
-      if (m <= 16) add("w4 g128 asym fp32", {4, 128, false}, DType::kFloat32);
+      constexpr Scheme kAsym = Scheme::kAsymmetric, kSym = Scheme::kSymmetric;
+      const DType half = DType::kFloat16;
+      add("w4 g128", {4, 128, kAsym}, half);
+      add("w4 g128 bf16", {4, 128, kAsym}, DType::kBFloat16);
+      add("w8 channel sym", {8, k, kSym}, half);
+      add("w3 g128", {3, 128, kAsym}, half);
+      add("w2 g128", {2, 128, kAsym}, half);
+      add("nf4 g64", {4, 64, Scheme::kNf4}, half);
+      add("w8a8", {8, k, Scheme::kInt8Dynamic}, half);
+      add("w4 g128 mma.sync", {4, 128, kAsym}, half, true);
+      add("w8 channel mma.sync", {8, k, kSym}, half, true);
+      add("nf4 g64 mma.sync", {4, 64, Scheme::kNf4}, half, true);
+      if (m <= 16) add("w4 g128 fp32", {4, 128, kAsym}, DType::kFloat32);
       if (m >= 64 && cublas.available()) {
-        const QuantFormat f{4, 128, false};
-        const int64_t bytes = mma16::packed_bytes(f, n, k), metas = mma16::meta_count(f, n, k) * 2;
+        const QuantFormat f{4, 128, kAsym};
         contenders.push_back(
-            {"w4 dequantise + cuBLAS", static_cast<double>(bytes + metas),
-             [=, &x, &y, &packed, &meta_asym, &dequantised, &cublas](int copy, cudaStream_t s) {
-               const DequantizeParams d{
-                   n,
-                   k,
-                   DType::kFloat16,
-                   f,
-                   packed.get() + copy * bytes,
-                   reinterpret_cast<const uint16_t*>(meta_asym.get() + copy * metas),
-                   dequantised.get()};
+            {"w4 dequantise + cuBLAS",
+             static_cast<double>(mma16::packed_bytes(f, n, k) + mma16::meta_count(f, n, k) * 2),
+             [=, &x, &y, &dequantised, &cublas](int copy, cudaStream_t s) {
+               const QLinearParams p = parameters(f, half, copy);
+               const DequantizeParams d{n, k, half, f, p.packed, p.meta, dequantised.get()};
                CHECK_CUDA(cuda::wquant_dequantize(d, s));
                cublas.linear(x.get(), dequantised.get(), y.get(), m, n, k, s);
              }});
       }
-      if (const char* wanted = std::getenv("KVOPT_BENCH_NAME")) {
+      // Bytes read and written, beside a copy's.
+      if (m == 1) {
+        const auto dequantise = [&](const char* name, QuantFormat f) {
+          contenders.push_back(
+              {name,
+               static_cast<double>(mma16::packed_bytes(f, n, k) + mma16::meta_count(f, n, k) * 2) +
+                   2.0 * n * k,
+               [=, &dequantised](int copy, cudaStream_t s) {
+                 const QLinearParams p = parameters(f, half, copy);
+                 const size_t to =
+                     static_cast<size_t>(copy) % (dequantised.size() / (2ull * n * k));
+                 const DequantizeParams d{
+                     n, k, half, f, p.packed, p.meta, dequantised.get() + to * 2ull * n * k};
+                 CHECK_CUDA(cuda::wquant_dequantize(d, s));
+               }});
+        };
+        dequantise("dequantise w4 g128", {4, 128, kAsym});
+        dequantise("dequantise w8 channel", {8, k, kSym});
+        dequantise("dequantise w3 g128", {3, 128, kAsym});
+        dequantise("dequantise nf4 g64", {4, 64, Scheme::kNf4});
+        contenders.push_back(
+            {"copy", 4.0 * n * k, [=, &dense, &dequantised](int copy, cudaStream_t s) {
+               const size_t bytes = 2ull * n * k;
+               const size_t to = static_cast<size_t>(copy) % (dequantised.size() / bytes);
+               CHECK_CUDA(cudaMemcpyAsync(dequantised.get() + to * bytes,
+                                          dense.get() + copy % (dense.size() / bytes) * bytes,
+                                          bytes, cudaMemcpyDeviceToDevice, s));
+             }});
+      }
+      if (const char* part = std::getenv("KVOPT_BENCH_NAME")) {
         std::erase_if(contenders, [&](const Contender& c) {
-          return c.name.find(wanted) == std::string::npos && c.name != "cuBLAS fp16";
+          return c.name.find(part) == std::string::npos && c.name != "cuBLAS fp16" &&
+                 c.name != "copy";
         });
       }
       for (Contender& c : contenders) {

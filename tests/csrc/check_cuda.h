@@ -95,7 +95,7 @@ inline uint16_t half_bits(float v) {
 
 inline float half_value(uint16_t bits) {
   __half h;
-  std::memcpy(&h, &bits, 2);
+  std::memcpy(static_cast<void*>(&h), &bits, 2);
   return __half2float(h);
 }
 

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -103,89 +104,133 @@ struct Shape {
   int64_t k, n;
 };
 
-// `only_k`, `only_n`: one shape instead of all; 0 for all.
-inline void run(const std::vector<cpu::Isa>& isas, int64_t megabytes, int64_t only_k,
-                int64_t only_n) {
+// What to time; zero and empty mean everything.
+struct Selection {
+  int64_t megabytes = 1024;  // of rotating weights
+  int64_t k = 0;
+  int64_t n = 0;
+  int64_t rows = 0;
+  std::string format;
+};
+
+struct NamedFormat {
+  const char* name;
+  QuantFormat format;
+};
+
+constexpr NamedFormat kBenchFormats[] = {
+    {"int8", {8, 128, Scheme::kSymmetric}},  {"int4", {4, 128, Scheme::kAsymmetric}},
+    {"int3", {3, 128, Scheme::kAsymmetric}}, {"int2", {2, 64, Scheme::kAsymmetric}},
+    {"nf4", {4, 64, Scheme::kNf4}},          {"fp4", {4, 64, Scheme::kFp4}},
+};
+
+// Copies of a weight, one after the other; random codes, harmless scales.
+struct Weights {
+  Weights(const QuantFormat& f, const Shape& shape, int64_t megabytes)
+      : packed(tile32::packed_bytes(f, shape.n, shape.k)),
+        both(ceil_div(packed + tile32::meta_count(f, shape.n, shape.k) * 2, 64) * 64),
+        copies(std::max<int64_t>(1, megabytes * 1000000 / both)),
+        data(allocate(copies * both + 64)) {
+    for (int64_t c = 0; c < copies; ++c) {
+      uint16_t* meta = reinterpret_cast<uint16_t*>(data + c * both + packed);
+      for (int64_t i = 0; i < (both - packed) / 2; ++i) meta[i] = 0x2000;
+    }
+  }
+  ~Weights() { std::free(data); }
+  Weights(const Weights&) = delete;
+  Weights& operator=(const Weights&) = delete;
+  int64_t packed, both, copies;
+  uint8_t* data;
+};
+
+inline void time_product(cpu::Isa isa, const NamedFormat& named, const Shape& shape, int64_t rows,
+                         const Weights& weights, Pair& pair) {
+  static volatile uint64_t sink = 0;
+  std::vector<float> x(static_cast<size_t>(rows * shape.k)), y(static_cast<size_t>(rows * shape.n));
+  for (size_t i = 0; i < x.size(); ++i) {
+    x[i] = static_cast<float>(static_cast<int>(i * 37 % 101) - 50);
+  }
+  QLinearParams p = {};
+  p.m = rows, p.n = shape.n, p.k = shape.k;
+  p.dtype = DType::kFloat32;
+  p.format = named.format;
+  p.x = x.data();
+  p.y = y.data();
+  p.activation_bits = 16;
+  const cpu::QLinearKernels& kernels = cpu::qlinear_kernels(p, isa);
+  const int64_t scratch = kernels.workspace_bytes(p);
+  p.workspace = std::aligned_alloc(64, static_cast<size_t>((scratch + 127) / 64 * 64));
+  const int64_t tiles = ceil_div(shape.n, tile32::kRows);
+  for (int threads : {1, 2}) {
+    std::vector<double> product, plain;
+    int64_t copy = 0;
+    double spent = 0;
+    while (spent < 0.8 || product.size() < 5) {
+      copy = (copy + 1) % weights.copies;
+      QLinearParams q = p;
+      q.packed = weights.data + copy * weights.both;
+      q.meta = reinterpret_cast<const uint16_t*>(q.packed + weights.packed);
+      product.push_back(seconds([&] {
+        if (rows == 1) {
+          kernels.prepare(q, 0, 1);
+        } else {
+          pair.run(threads, [&](int t) {
+            kernels.prepare(q, rows * t / threads, rows * (t + 1) / threads);
+          });
+        }
+        pair.run(threads,
+                 [&](int t) { kernels.run(q, tiles * t / threads, tiles * (t + 1) / threads); });
+      }));
+      copy = (copy + 1) % weights.copies;
+      const uint8_t* other = weights.data + copy * weights.both;
+      plain.push_back(seconds([&] {
+        pair.run(threads, [&](int t) {
+          const int64_t part = weights.both / threads / 128 * 128;
+          sink = sink + read(other + t * part, part);
+        });
+      }));
+      spent += product.back() + plain.back();
+    }
+    const double time = median(product);
+    const double bytes = static_cast<double>(weights.both);
+    std::printf(
+        "%-6s %-5s K=%-5lld N=%-5lld M=%-3lld %dT: %8.3f ms  %5.1f GB/s, best %5.1f (plain read "
+        "%5.1f, best %5.1f: %3.0f %%)  %6.0f GOPS\n",
+        cpu::isa_name(isa), named.name, static_cast<long long>(shape.k),
+        static_cast<long long>(shape.n), static_cast<long long>(rows), threads, time * 1e3,
+        bytes / time * 1e-9, bytes / *std::min_element(product.begin(), product.end()) * 1e-9,
+        bytes / median(plain) * 1e-9, bytes / *std::min_element(plain.begin(), plain.end()) * 1e-9,
+        100 * median(plain) / time,
+        2.0 * static_cast<double>(rows * shape.n * shape.k) / time * 1e-9);
+    std::fflush(stdout);
+  }
+  std::free(p.workspace);
+}
+
+inline void run(const std::vector<cpu::Isa>& isas, const Selection& only) {
   constexpr Shape kShapes[] = {
       {4096, 28672}, {2048, 2048}, {2048, 16384}, {8192, 2048}, {4096, 4096}};
   constexpr int64_t kRowCounts[] = {1, 2, 4, 8, 16, 64, 256};
   Pair pair;
-  volatile uint64_t sink = 0;
   std::printf(
-      "GB/s: weight bytes (codes and scales) per second; GOPS: 2 M N K per second; medians\n");
+      "GB/s: weight bytes (codes and scales) per second; GOPS: 2 M N K per second; medians; %%: of "
+      "the plain read beside it\n");
   for (cpu::Isa isa : isas) {
-    for (int bits : {4, 8}) {
+    for (const NamedFormat& named : kBenchFormats) {
+      if (!only.format.empty() && only.format != named.name) continue;
       for (const Shape& shape : kShapes) {
-        if (only_k != 0 && (only_k != shape.k || only_n != shape.n)) continue;
-        const QuantFormat f = {bits, 128, bits == 8};
-        const int64_t packed = tile32::packed_bytes(f, shape.n, shape.k);
-        const int64_t meta = tile32::meta_count(f, shape.n, shape.k) * 2;
-        const int64_t both = packed + meta;
-        const int64_t copies = std::max<int64_t>(1, megabytes * 1000000 / both);
-        uint8_t* weights = allocate(copies * both + 64);
-        for (int64_t c = 0; c < copies; ++c) {  // harmless scales
-          uint16_t* m = reinterpret_cast<uint16_t*>(weights + c * both + packed);
-          for (int64_t i = 0; i < meta / 2; ++i) m[i] = 0x2000;
+        if (only.k != 0 && (only.k != shape.k || only.n != shape.n)) continue;
+        const Weights weights(named.format, shape, only.megabytes);
+        if (only.rows != 0) {
+          time_product(isa, named, shape, only.rows, weights, pair);
+          continue;
         }
         for (int64_t rows : kRowCounts) {
           if (rows > 1 && shape.k != 4096 && shape.n != 16384) continue;
           if (rows > 16 && shape.n == 28672) continue;
           if (isa == cpu::Isa::kScalar && rows > 16) continue;
-          std::vector<float> x(static_cast<size_t>(rows * shape.k)),
-              y(static_cast<size_t>(rows * shape.n));
-          for (size_t i = 0; i < x.size(); ++i)
-            x[i] = static_cast<float>(static_cast<int>(i * 37 % 101) - 50);
-          QLinearParams p = {rows,    shape.n, shape.k, DType::kFloat32, f,      x.data(),
-                             nullptr, nullptr, nullptr, y.data(),        nullptr};
-          const int64_t scratch = cpu::qlinear_workspace_bytes(p, isa);
-          p.workspace = std::aligned_alloc(64, static_cast<size_t>((scratch + 127) / 64 * 64));
-          const cpu::QLinearKernels& kernels = cpu::qlinear_kernels(isa);
-          const int64_t tiles = ceil_div(shape.n, tile32::kRows);
-          for (int threads : {1, 2}) {
-            std::vector<double> product, plain;
-            int64_t copy = 0;
-            double spent = 0;
-            while (spent < 1.0 || product.size() < 5) {
-              copy = (copy + 1) % copies;
-              QLinearParams q = p;
-              q.packed = weights + copy * both;
-              q.meta = reinterpret_cast<const uint16_t*>(q.packed + packed);
-              product.push_back(seconds([&] {
-                if (rows == 1) {
-                  kernels.prepare(q, 0, 1);
-                } else {
-                  pair.run(threads, [&](int t) {
-                    kernels.prepare(q, rows * t / threads, rows * (t + 1) / threads);
-                  });
-                }
-                pair.run(threads, [&](int t) {
-                  kernels.run(q, tiles * t / threads, tiles * (t + 1) / threads);
-                });
-              }));
-              copy = (copy + 1) % copies;
-              const uint8_t* other = weights + copy * both;
-              plain.push_back(seconds([&] {
-                pair.run(threads, [&](int t) {
-                  const int64_t half = both / threads / 128 * 128;
-                  sink = sink + read(other + t * half, half);
-                });
-              }));
-              spent += product.back() + plain.back();
-            }
-            const double time = median(product);
-            std::printf(
-                "%-6s int%d K=%-5lld N=%-5lld M=%-3lld %dT: %8.3f ms  %5.1f GB/s (plain read "
-                "%5.1f)  %6.0f GOPS\n",
-                cpu::isa_name(isa), bits, static_cast<long long>(shape.k),
-                static_cast<long long>(shape.n), static_cast<long long>(rows), threads, time * 1e3,
-                static_cast<double>(both) / time * 1e-9,
-                static_cast<double>(both) / median(plain) * 1e-9,
-                2.0 * static_cast<double>(rows * shape.n * shape.k) / time * 1e-9);
-            std::fflush(stdout);
-          }
-          std::free(p.workspace);
+          time_product(isa, named, shape, rows, weights, pair);
         }
-        std::free(weights);
       }
     }
   }

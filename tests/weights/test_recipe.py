@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import kvopt
+from kvopt.reference import Scheme
 from kvopt.weights.formats import INT8, WeightFormat
 
 
@@ -20,6 +21,26 @@ from kvopt.weights.formats import INT8, WeightFormat
         ("int4_gc", "int4_gc"),
         ("int4_g128+head_int8", "int4_g128+head_int8"),
         ("int8+head_int4_g64_sym", "int8+head_int4_g64_sym"),
+        ("int8_dyn", "int8_dyn"),
+        ("int3", "int3_g64"),
+        ("int2", "int2_g32"),
+        ("int3_g128", "int3_g128"),
+        ("int2_sym_gc", "int2_gc_sym"),
+        ("int3_g1024", "int3_g1024"),
+        ("nf4", "nf4"),
+        ("nf4_b64", "nf4"),
+        ("nf4_dq_b128", "nf4_b128_dq"),
+        ("fp4_dq", "fp4_dq"),
+        ("fp4_b4096", "fp4_b4096"),
+        ("int4+a8", "int4_g128+a8"),
+        ("nf4_dq+a8", "nf4_dq+a8"),
+        ("int4_g64+head_int8+a8", "int4_g64+a8+head_int8"),
+        ("int8+a8", "int8+a8"),
+        ("int8_dyn+a8", "int8_dyn"),
+        ("int8_dyn+head_int4", "int8_dyn+head_int4_g128"),
+        ("int8_dyn+a8+head_int4", "int8_dyn+a8+head_int4_g128"),
+        ("int4+a8+head_int8_dyn", "int4_g128+a8+head_int8_dyn"),
+        ("int4_g128+head_nf4_dq", "int4_g128+head_nf4_dq"),
     ],
 )
 def test_parse_and_str_are_inverse_and_canonical(text, canonical):
@@ -30,9 +51,52 @@ def test_parse_and_str_are_inverse_and_canonical(text, canonical):
 
 def test_meaning():
     assert kvopt.Recipe.parse("fp16").dtype == torch.float16
-    assert kvopt.Recipe.parse("int8").format == INT8
-    assert kvopt.Recipe.parse("int4_g48_sym").format == WeightFormat(4, 48, True)
-    assert kvopt.Recipe.parse("int4_gc").format == WeightFormat(4, None, False)
+    for text, format in [
+        ("int8", INT8),
+        ("int8_dyn", WeightFormat(8, None, Scheme.INT8_DYNAMIC)),
+        ("int4_g48_sym", WeightFormat(4, 48, Scheme.SYMMETRIC)),
+        ("int4_gc", WeightFormat(4, None, Scheme.ASYMMETRIC)),
+        ("int3", WeightFormat(3, 64, Scheme.ASYMMETRIC)),
+        ("int2_sym", WeightFormat(2, 32, Scheme.SYMMETRIC)),
+        ("nf4", WeightFormat(4, 64, Scheme.NF4)),
+        ("fp4_b256_dq", WeightFormat(4, 256, Scheme.FP4, double_quantized=True)),
+        ("nf4_dq+a8", WeightFormat(4, 64, Scheme.NF4, double_quantized=True, activation_bits=8)),
+    ]:
+        assert kvopt.Recipe.parse(text).format == format
+    both = kvopt.Recipe.parse("int4+a8+head_int8")
+    assert both.format.activation_bits == both.head.activation_bits == 8
+    assert kvopt.Recipe.parse("int8_dyn").format.activation_bits == 8
+    assert kvopt.Recipe.parse("int4").format.activation_bits == 16
+
+
+def test_symmetric_may_be_said_with_a_truth_value():
+    assert WeightFormat(4, 128, True) == WeightFormat(4, 128, Scheme.SYMMETRIC)
+    assert WeightFormat(4, 128, False) == WeightFormat(4, 128, Scheme.ASYMMETRIC)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((5, 128, Scheme.SYMMETRIC), "bits must be 2, 3, 4 or 8, got 5"),
+        ((4, 24, Scheme.SYMMETRIC), "multiple of 16"),
+        ((4, 2048, Scheme.SYMMETRIC), "1024"),
+        ((3, 64, Scheme.NF4), "nf4 has 4 bits, got 3"),
+        ((4, 48, Scheme.FP4), "block size must be one of 32, 64.*got 48"),
+        ((4, None, Scheme.NF4), "block size"),
+        ((4, 128, Scheme.SYMMETRIC, True), "only nf4 and fp4 have double-quantised scales"),
+        ((8, 64, Scheme.INT8_DYNAMIC), "one scale per row"),
+        ((4, 64, Scheme.SYMMETRIC, False, 4), "activation bits must be 8 or 16, got 4"),
+    ],
+)
+def test_impossible_formats_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        WeightFormat(*arguments)
+
+
+def test_a8_counts_for_linears_and_head():
+    a8, plain = WeightFormat(4, 64, True, activation_bits=8), WeightFormat(4, 64, True)
+    with pytest.raises(ValueError, match="both"):
+        kvopt.Recipe(format=a8, head=plain)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +115,21 @@ def test_meaning():
         ("int4+head", ["head", "format"]),
         ("gptq_4bit_g128", ["not available in this version"]),
         ("int4_g128+lorc_r32", ["not available in this version"]),
-        ("int8_dyn", ["not available in this version"]),
-        ("int3_g64", ["not available in this version"]),
-        ("nf4", ["not available in this version"]),
+        ("llm_int8", ["'llm_int8'", "not available in this version"]),
+        ("llm_int8_t60", ["not available in this version"]),
+        ("smoothquant_w8a8", ["not available in this version"]),
+        ("hqq_4bit_g64", ["not available in this version"]),
+        ("int3_g2048", ["g2048", "1024"]),
+        ("int8_dim", ["'dim'", "dyn"]),
+        ("nf4_b48", ["b48", "b64", "b4096"]),
+        ("nf4_b8192", ["b8192"]),
+        ("nf4_g64", ["'g'", "b64"]),
+        ("nf5", ["nf5", "nf4", "did you mean"]),
+        ("int4_dq", ["'dq'"]),
+        ("int4+a4", ["a4"]),
+        ("int4+a8_g64", ["'g'"]),
+        ("int4+a8+a8", ["'a8'", "twice"]),
+        ("bf16+a8", ["bf16", "no further part"]),
         ("", ["non-empty"]),
         ("int4++int8", ["empty"]),
     ],

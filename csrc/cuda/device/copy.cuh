@@ -58,6 +58,11 @@ __device__ __forceinline__ void copy_async_16(void* target, const void* source, 
                : "memory");
 }
 
+__device__ __forceinline__ void copy_async_8(void* target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(target)), "l"(source)
+               : "memory");
+}
+
 __device__ __forceinline__ void copy_async_4(void* target, const void* source) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(target)), "l"(source)
                : "memory");

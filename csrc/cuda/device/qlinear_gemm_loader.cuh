@@ -4,12 +4,12 @@
 #pragma once
 
 #include "cuda/device/copy.cuh"
+#include "cuda/device/dequant.cuh"
 #include "cuda/device/qlinear_problem.cuh"
-#include "cuda/device/vec.cuh"
 
 namespace kvopt::cuda::gemm {
 
-template <int kFragments_, int kTiles_, int kWarpsN_, int kWarpsK_, bool kSm75_ = false>
+template <int kFragments_, int kTiles_, int kWarpsN_, int kWarpsK_, bool kSm75_, bool kSm80_ = true>
 struct Shape {
   static constexpr int kFragments = kFragments_;  // of 8 rows of x
   static constexpr int kTiles = kTiles_;          // of 16 rows of w, per warp
@@ -19,132 +19,186 @@ struct Shape {
   // both.
   static constexpr int kResident = kTiles * kFragments <= 8 ? 2 : 1;
   static constexpr bool kSm75 = kSm75_;  // fits the 64 KB of shared memory of sm_75
+  static constexpr bool kSm80 = kSm80_;  // used on sm_80 and newer
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kRowsX = 8 * kFragments;
   static constexpr int kRowsW = 16 * kTiles * kWarpsN;
 };
 
-// A chunk of K and how it lies in a stage of shared memory: x, codes, group parameters. A warp's
-// share is two 16-byte loads a lane and tile: two blocks of 64 columns for 4 bits, one for 8.
-// kGroupSteps: 4 when a block of 64 columns lies in one group, else 1.
-template <typename S, int kBits, int kGroupSteps_>
+// A chunk of K, 64 columns for each warp along it, and how it lies in a stage of shared memory: x,
+// codes, group parameters (up to four groups in 64 columns).
+template <typename S, int kBits>
 struct Chunk {
-  static constexpr int kGroupSteps = kGroupSteps_;
-  static constexpr int kLoads = 2;
-  static constexpr int kBlocks = kBits == 4 ? 2 : 1;  // of 64 columns, per warp
-  static constexpr int kWarpColumns = kBlockColumns * kBlocks;
-  static constexpr int kColumns = kWarpColumns * S::kWarpsK;
-  static constexpr int kStrideX = kColumns + 16;  // elements; 32 bytes more: see gemv
-  static constexpr int kMetas = kBlocks * 4 / kGroupSteps;
-  static constexpr int kMetaRounds = (kMetas + 1) / 2;  // half a warp copies one group's parameters
+  static constexpr int kColumns = kBlockColumns * S::kWarpsK;
+  static constexpr int kStrideX = kColumns + 8;  // elements: rows begin 16 bytes (4 banks) apart
   static constexpr int kWarps = S::kWarpsN * S::kWarpsK;
   static constexpr int kPieceColumns = kColumns / 8;  // 16-byte pieces in a row of x
   static constexpr int kPieceRows = S::kThreads / kPieceColumns;
   static constexpr int kPieces = S::kRowsX / kPieceRows;  // per thread
   static_assert(S::kThreads % kPieceColumns == 0 && S::kRowsX % kPieceRows == 0);
 
+  static constexpr int kTileCodes = kBits * 128;  // bytes of 16 rows x 64 columns
+  static constexpr int kTileMeta = 4 * 64;
   static constexpr int kCodes = S::kRowsX * kStrideX * 2;  // byte offsets in a stage
-  static constexpr int kMeta = kCodes + kWarps * S::kTiles * kLoads * 512;
-  static constexpr int kBytes = kMeta + kWarps * S::kTiles * kMetaRounds * 2 * 64;
+  static constexpr int kMeta = kCodes + kWarps * S::kTiles * kTileCodes;
+  static constexpr int kBytes = kMeta + kWarps * S::kTiles * kTileMeta;
 
-  static constexpr int kSlice =
-      S::kRowsX < 32 ? S::kRowsX : 32;  // rows of x per round of the epilogue
+  // Rows of x per round of the epilogue.
+  static constexpr int kSlice = S::kRowsX < 32 ? S::kRowsX : 32;
   static constexpr int kStrideOut = S::kRowsW + 4;
   static constexpr int kBytesOut = S::kWarpsK * kSlice * kStrideOut * 4;
   KVOPT_HOST_DEVICE static constexpr int shared_bytes(int stages) {
     return stages * kBytes > kBytesOut ? stages * kBytes : kBytesOut;
   }
+  static_assert(!S::kSm75 || shared_bytes(2) <= 63 * 1024);
 };
 
+// How a lane's words of 64 columns move: pieces of 16 bytes where a block of the layout is no wider
+// than that, else 8 (2 bits) or 4 (3 bits). In shared memory a piece of all lanes is contiguous.
+template <int kBits>
+struct Pieces {
+  static constexpr int kBytes = kBits == 3 ? 4 : kBits == 2 ? 8 : 16;
+  static constexpr int kCount = kBits * 4 / kBytes;
+
+  static __device__ __forceinline__ int64_t source(int block, int piece, int lane) {
+    const int word = block * kBits + piece * (kBytes / 4);
+    return static_cast<int64_t>(word / 4) * 512 + lane * 16 + word % 4 * 4;
+  }
+  static __device__ __forceinline__ int target(int piece, int lane) {
+    return (piece * 32 + lane) * kBytes;
+  }
+};
+
+// Reads back the lane's words.
+template <int kBits>
+__device__ __forceinline__ Words<kBits> load_words(const unsigned char* codes, int lane) {
+  using P = Pieces<kBits>;
+  Words<kBits> w;
+#pragma unroll
+  for (int i = 0; i < P::kCount; ++i) {
+    const unsigned char* const source = codes + P::target(i, lane);
+    if constexpr (P::kBytes == 16) {
+      const uint4 v = *reinterpret_cast<const uint4*>(source);
+      w.word[i * 4] = v.x;
+      w.word[i * 4 + 1] = v.y;
+      w.word[i * 4 + 2] = v.z;
+      w.word[i * 4 + 3] = v.w;
+    } else if constexpr (P::kBytes == 8) {
+      const uint2 v = *reinterpret_cast<const uint2*>(source);
+      w.word[0] = v.x;
+      w.word[1] = v.y;
+    } else {
+      w.word[i] = *reinterpret_cast<const uint32_t*>(source);
+    }
+  }
+  return w;
+}
+
 // A thread's share of the copying, chunk after chunk.
-template <typename T, int kBits, typename S, typename C>
+template <int kBits, typename S>
 class Loader {
+  using C = Chunk<S, kBits>;
+  using P = Pieces<kBits>;
+
  public:
-  __device__ __forceinline__ Loader(const QLinearProblem& p, int row0, int tile0, int warp_k)
+  __device__ __forceinline__ Loader(const QLinearProblem& p, const HalfRows& x, int row0, int tile0,
+                                    int warp_k)
       : p_(p) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int warp = threadIdx.x / 32;
     const int piece_row = threadIdx.x / C::kPieceColumns;
+    lane_ = threadIdx.x % 32;
     column_ = threadIdx.x % C::kPieceColumns * 8;
-    x_ = static_cast<const T*>(p.x) + static_cast<int64_t>(row0 + piece_row) * p.k + column_;
+    pitch_ = x.pitch;
+    x_ = x.x + (row0 + piece_row) * pitch_ + column_;
     x_rows_ = p.m - row0 - piece_row;
     x_slot_ = (piece_row * C::kStrideX + column_) * 2;
-    block_ = warp_k * C::kBlocks;
+    block_ = warp_k;
     tiles_ = p.tiles - tile0;
-    codes_ = p.packed + tile0 * p.tile_bytes + block_ * (kBits / 4 * 512) + lane * 16;
-    codes_slot_ = C::kCodes + warp * (S::kTiles * C::kLoads * 512) + lane * 16;
-    words_ = p.symmetric ? 8 : 16;
-    const int64_t first = static_cast<int64_t>(tile0) * p.groups * words_ + lane % 16;
-    meta_ = reinterpret_cast<const uint32_t*>(p.meta) + first;
-    meta_slot_ = C::kMeta + warp * (S::kTiles * C::kMetaRounds * 128) + lane * 4;
+    codes_ = p.packed + tile0 * p.tile_bytes;
+    codes_slot_ = C::kCodes + warp * (S::kTiles * C::kTileCodes);
+    words_ = p.format.has_zeros() ? 16 : 8;
+    slots_ = group_slots(p);
+    meta_ = reinterpret_cast<const uint32_t*>(p.meta) +
+            static_cast<int64_t>(tile0) * p.groups * words_ + lane_ % 16;
+    meta_slot_ = C::kMeta + warp * (S::kTiles * C::kTileMeta) + lane_ * 4;
+  }
+
+  // How many groups may meet in 64 columns: one, or a new one every 16.
+  static __device__ __forceinline__ int group_slots(const QLinearProblem& p) {
+    return p.group_columns % kBlockColumns == 0 ? 1 : 4;
   }
 
 #if __CUDA_ARCH__ >= 800
   // Starts the copies of the next chunk.
   __device__ __forceinline__ void fetch(unsigned char* stage) {
+    if (block_ < p_.blocks) {
 #pragma unroll
-    for (int r = 0; r < S::kTiles; ++r) {
+      for (int i = 0; i < P::kCount; ++i) {
+        const uint8_t* const source = codes_ + P::source(block_, i, lane_);
+        unsigned char* const target = stage + codes_slot_ + P::target(i, lane_);
 #pragma unroll
-      for (int i = 0; i < C::kLoads; ++i) {
-        copy_async_16(stage + codes_slot_ + (r * C::kLoads + i) * 512,
-                      codes_ + r * p_.tile_bytes + i * 512, holds_codes(r, i) ? 16 : 0);
+        for (int r = 0; r < S::kTiles; ++r) {
+          if (r < tiles_) copy(target + r * C::kTileCodes, source + r * p_.tile_bytes);
+        }
       }
-    }
+      for (int i = 0; i < (slots_ + 1) / 2; ++i) {
+        if (!holds_meta(i)) continue;
+        const uint32_t* const source = meta_ + meta_offset(i);
 #pragma unroll
-    for (int i = 0; i < C::kMetaRounds; ++i) {
-      const int64_t offset = meta_offset(i);
-#pragma unroll
-      for (int r = 0; r < S::kTiles; ++r) {
-        if (holds_meta(r, i)) {
-          copy_async_4(stage + meta_slot_ + (r * C::kMetaRounds + i) * 128,
-                       meta_ + offset + r * p_.groups * words_);
+        for (int r = 0; r < S::kTiles; ++r) {
+          if (r < tiles_) {
+            copy_async_4(stage + meta_slot_ + r * C::kTileMeta + i * 128,
+                         source + r * p_.groups * words_);
+          }
         }
       }
     }
-    if (p_.aligned) {
 #pragma unroll
-      for (int i = 0; i < C::kPieces; ++i) {
-        copy_async_16(stage + x_slot_ + i * (C::kPieceRows * C::kStrideX * 2),
-                      x_ + static_cast<int64_t>(i * C::kPieceRows) * p_.k, holds_x(i) ? 16 : 0);
-      }
-    } else {
-      for (int i = 0; i < C::kPieces; ++i) {
-        *reinterpret_cast<uint4*>(stage + x_slot_ + i * (C::kPieceRows * C::kStrideX * 2)) =
-            read_x(i);
-      }
+    for (int i = 0; i < C::kPieces; ++i) {
+      copy_async_16(stage + x_slot_ + i * (C::kPieceRows * C::kStrideX * 2),
+                    holds_x(i) ? x_ + i * C::kPieceRows * pitch_ : nullptr, holds_x(i) ? 16 : 0);
     }
     advance();
   }
 #else
   // The next chunk into registers, and from there to its stage.
   __device__ __forceinline__ void hold() {
+    if (block_ < p_.blocks) {
 #pragma unroll
-    for (int r = 0; r < S::kTiles; ++r) {
+      for (int i = 0; i < P::kCount; ++i) {
+        const uint8_t* const source = codes_ + P::source(block_, i, lane_);
 #pragma unroll
-      for (int i = 0; i < C::kLoads; ++i) {
-        held_codes_[r][i] = holds_codes(r, i) ? load_stream(codes_ + r * p_.tile_bytes + i * 512)
-                                              : make_uint4(0, 0, 0, 0);
+        for (int r = 0; r < S::kTiles; ++r) {
+          if (r < tiles_) load(held_codes_[r][i], source + r * p_.tile_bytes);
+        }
       }
 #pragma unroll
-      for (int i = 0; i < C::kMetaRounds; ++i) {
-        held_meta_[r][i] =
-            holds_meta(r, i) ? load_4(meta_ + meta_offset(i) + r * p_.groups * words_) : 0;
+      for (int i = 0; i < 2; ++i) {
+        if (!holds_meta(i)) continue;
+        const uint32_t* const source = meta_ + meta_offset(i);
+#pragma unroll
+        for (int r = 0; r < S::kTiles; ++r) {
+          if (r < tiles_) held_meta_[r][i] = load_4(source + r * p_.groups * words_);
+        }
       }
     }
 #pragma unroll
-    for (int i = 0; i < C::kPieces; ++i) held_x_[i] = read_x(i);
+    for (int i = 0; i < C::kPieces; ++i) {
+      held_x_[i] = holds_x(i) ? load_16(x_ + i * C::kPieceRows * pitch_) : make_uint4(0, 0, 0, 0);
+    }
     advance();
   }
   __device__ __forceinline__ void release(unsigned char* stage) const {
 #pragma unroll
     for (int r = 0; r < S::kTiles; ++r) {
 #pragma unroll
-      for (int i = 0; i < C::kLoads; ++i) {
-        *reinterpret_cast<uint4*>(stage + codes_slot_ + (r * C::kLoads + i) * 512) =
+      for (int i = 0; i < P::kCount; ++i) {
+        *reinterpret_cast<Piece*>(stage + codes_slot_ + r * C::kTileCodes + P::target(i, lane_)) =
             held_codes_[r][i];
       }
 #pragma unroll
-      for (int i = 0; i < C::kMetaRounds; ++i) {
-        *reinterpret_cast<uint32_t*>(stage + meta_slot_ + (r * C::kMetaRounds + i) * 128) =
+      for (int i = 0; i < 2; ++i) {
+        *reinterpret_cast<uint32_t*>(stage + meta_slot_ + r * C::kTileMeta + i * 128) =
             held_meta_[r][i];
       }
     }
@@ -157,47 +211,60 @@ class Loader {
 #endif
 
  private:
-  __device__ __forceinline__ bool holds_codes(int r, int i) const {
-    return r < tiles_ && block_ + (kBits == 4 ? i : 0) < p_.blocks;
+#if __CUDA_ARCH__ >= 800
+  static __device__ __forceinline__ void copy(unsigned char* target, const uint8_t* source) {
+    if constexpr (P::kBytes == 16) {
+      copy_async_16(target, source, 16);
+    } else if constexpr (P::kBytes == 8) {
+      copy_async_8(target, source);
+    } else {
+      copy_async_4(target, source);
+    }
   }
-  // Lanes 0-15 copy the parameters of group piece 2 i, lanes 16-31 those of 2 i + 1.
-  __device__ __forceinline__ int meta_step(int i) const {
-    return block_ * 4 + (2 * i + threadIdx.x % 32 / 16) * C::kGroupSteps;
+#else
+  static __device__ __forceinline__ void load(uint4& v, const uint8_t* source) {
+    v = load_stream(source);
   }
-  __device__ __forceinline__ bool holds_meta(int r, int i) const {
-    return r < tiles_ && meta_step(i) < p_.blocks * 4 && threadIdx.x % 16 < words_ &&
-           2 * i + threadIdx.x % 32 / 16 < C::kMetas;
+  static __device__ __forceinline__ void load(uint2& v, const uint8_t* source) {
+    v = load_8(source);
+  }
+  static __device__ __forceinline__ void load(uint32_t& v, const uint8_t* source) {
+    v = load_4(source);
+  }
+#endif
+
+  // Lanes 0-15 copy the parameters of group slot 2 i, lanes 16-31 those of 2 i + 1.
+  __device__ __forceinline__ bool holds_meta(int i) const {
+    return 2 * i + lane_ / 16 < slots_ && lane_ % 16 < words_;
   }
   __device__ __forceinline__ int64_t meta_offset(int i) const {
-    return group_of_step<C::kGroupSteps>(p_, meta_step(i)) * words_;
+    const int column = block_ * kBlockColumns + (2 * i + lane_ / 16) * kStepColumns;
+    return static_cast<int64_t>(group_of_column(p_, column)) * words_;
   }
   __device__ __forceinline__ bool holds_x(int i) const {
-    return i * C::kPieceRows < x_rows_ && column_ < p_.k;
-  }
-  __device__ __forceinline__ uint4 read_x(int i) const {
-    const T* const source = x_ + static_cast<int64_t>(i * C::kPieceRows) * p_.k;
-    if (!holds_x(i)) return make_uint4(0, 0, 0, 0);
-    if (p_.aligned) return load_16(source);
-    return load_row_8(source, 0, p_.k - column_);
+    return i * C::kPieceRows < x_rows_ && column_ < pitch_;
   }
   __device__ __forceinline__ void advance() {
     x_ += C::kColumns;
     column_ += C::kColumns;
-    codes_ += S::kWarpsK * C::kLoads * 512;
-    block_ += S::kWarpsK * C::kBlocks;
+    block_ += S::kWarpsK;
   }
 
   const QLinearProblem& p_;
-  const T* x_;
+  const __half* x_;
   const uint8_t* codes_;
   const uint32_t* meta_;
-  int column_, block_;  // first column of the thread's pieces of x, first block of the warp's codes
+  int64_t pitch_;
+  int column_, block_;  // first column of the thread's pieces of x, the warp's block of codes
   int x_rows_, tiles_;  // rows of x and tiles of w from the thread's first on
   int words_;           // of 4 bytes: parameters of one group of a tile
+  int slots_, lane_;
   int x_slot_, codes_slot_, meta_slot_;
 #if __CUDA_ARCH__ < 800
-  uint4 held_codes_[S::kTiles][C::kLoads];
-  uint32_t held_meta_[S::kTiles][C::kMetaRounds];
+  using Piece = std::conditional_t<P::kBytes == 16, uint4,
+                                   std::conditional_t<P::kBytes == 8, uint2, uint32_t>>;
+  Piece held_codes_[S::kTiles][P::kCount];
+  uint32_t held_meta_[S::kTiles][2];
   uint4 held_x_[C::kPieces];
 #endif
 };

@@ -1,349 +1,392 @@
 // SPDX-License-Identifier: Apache-2.0
-// y (M, N) = x (M, K) w^T for M <= 8: a matrix-vector product on the tensor cores.
+// y (M, N) = x (M, K) w^T for M <= 8: a matrix-vector product, bound by memory.
 //
-//   K: units of 128 or 256 columns, dealt to the W warps of a block in turn
+//   K: units of 128 to 512 columns, dealt to the W warps of a tile in turn
 //   ┌──────┬──────┬─── ─ ─ ───┬──────┬──────┬─── ─ ─
 //   │  w0  │  w1  │           │ wW-1 │  w0  │            16 rows of w: a tile, operand A
 //   └──────┴──────┴─── ─ ─ ───┴──────┴──────┴─── ─ ─
 //   x waits in shared memory and is operand B, 16 x 8: its columns from M on repeat row M-1 and are
 //   dropped at the end.
 //
-// A lane loads 16 bytes of codes = its A operand of four (4 bits) or two (8 bits) multiplications,
-// turns codes into (q - z) in registers, multiplies, and folds a group's sum into the row's sum
-// with the scale, in fp32. The partial sums of the warps are added in shared memory in a fixed
-// order. Blocks stay and walk over the tiles with stride gridDim, the next unit's codes (also the
-// next tile's) under way while one is used. On sm_90 a block may arrive before the kernel in front
-// is done: it asks for its first codes to come to L2, and waits.
+// Mathematics. Codes enter the tensor cores as they are, as subnormal fp16 (dequant.cuh), and a
+// segment of at most 128 columns inside one group is folded into the row's sum in fp32:
+//     sum += scale * (unit * sum(q v) - zero * unit * sum(v))          x = unit * v
+// unit and unit * sum(v) are made once, when x is staged (qlinear_gemv_x.cuh). Code books: dp4a
+// makes a table address of any byte of codes in one instruction, and the table, a pair of fp16 for
+// each byte, is there once for every lane, so no two lanes meet in a bank.
 //
-// Bytes: N * K * bits / 8 of codes and 2 or 4 per group and row, once. Bound: memory. Some 2.5
-// lane-instructions per 4-bit weight, of 3.6 that an H200 can issue at its full read rate.
+// Bytes: N * K * bits / 8 of codes and 2 or 4 per group and row, once. Bound: memory. About 1.2
+// lane-instructions per 4-bit weight, of 3.6 that an H200 can issue at its full read rate; code
+// books: a shared-memory load for two weights, close to what that can do. What memory needs is
+// bytes in flight: two units a warp, 2 KB each, 16 warps a multiprocessor, straight into registers
+// (rings in shared memory, filled by cp.async or the bulk copy engine, measured slower). On sm_90 a
+// block may arrive before the kernel in front is done: each warp asks for its first unit to come to
+// L2, where that kernel's writes arrive too, and waits. Short products are bound by what every
+// block does once.
+// The partial sums of the warps are added in shared memory in a fixed order.
 // Limits: M rows of K must fit in shared memory; else the tiled product takes over.
 #pragma once
 
-#include <algorithm>
-
-#include "cuda/device/copy.cuh"
 #include "cuda/device/dequant.cuh"
 #include "cuda/device/mma.cuh"
-#include "cuda/device/qlinear_problem.cuh"
-#include "cuda/device/vec.cuh"
+#include "cuda/device/qlinear_gemv_plan.cuh"
+#include "cuda/device/qlinear_gemv_x.cuh"
 
 namespace kvopt::cuda {
 namespace gemv {
 
-constexpr int kMaxThreads = 512;
-constexpr int kRowPad = 16;  // elements: 32 bytes, so that four rows of x meet all 32 banks
-
-// How a warp walks along K. A unit is 2 KB of codes (four loads in flight per lane) where the
-// registers for the group parameters allow it.
-template <int kBits, int kGroupSteps>
-struct Walk {
-  static constexpr int kColumns = kBits == 4 && kGroupSteps >= 4 ? 256 : 128;
-  static constexpr int kSteps = kColumns / kStepColumns;
-  static constexpr int kLoads = kColumns * kBits / 256;  // 512 bytes each
-
-  static KVOPT_HOST_DEVICE int units(const QLinearProblem& p) {
-    return (p.blocks * kBlockColumns + kColumns - 1) / kColumns;
-  }
-  static KVOPT_HOST_DEVICE int x_stride(const QLinearProblem& p) {
-    return units(p) * kColumns + kRowPad;
-  }
-  static int shared_bytes(const QLinearProblem& p, int warps) {
-    return p.m * x_stride(p) * 2 + 2 * warps * 16 * p.m * 4;
-  }
+// What a kernel is compiled for.
+template <int kBits_, bool kBook_, int kFoldSteps_>
+struct Kind {
+  static constexpr int kBits = kBits_, kFoldSteps = kFoldSteps_;
+  static constexpr bool kBook = kBook_;
+  static constexpr int kUnit = unit_columns(kBits, kFoldSteps);
+  static constexpr int kSteps = kUnit / kStepColumns;
+  static constexpr int kSegments = kSteps / kFoldSteps;
+  static constexpr int kLoads = kUnit * kBits / 256;  // 512 bytes a warp each
 };
 
-// Where a lane reads next: units warp, warp + W, ... of the tiles blockIdx, blockIdx + gridDim, ...
-template <int kBits, bool kSymmetric, int kGroupSteps>
+// Where a warp reads next: its units of its tiles, in that order.
+template <typename K>
 struct Cursor {
-  using W = Walk<kBits, kGroupSteps>;
-  const uint8_t* codes;
-  const uint32_t* meta;  // of the tile's first group
+  const uint8_t* codes;  // of this lane
+  const uint8_t* meta;
   int tile, unit;
 
-  __device__ __forceinline__ void enter(const QLinearProblem& p, int first_tile) {
+  __device__ __forceinline__ Cursor(const QLinearProblem& p, int first_tile, int member) {
+    enter(p, first_tile, member);
+  }
+  __device__ __forceinline__ void enter(const QLinearProblem& p, int first_tile, int member) {
     const int lane = threadIdx.x % 32;
     tile = first_tile;
-    unit = threadIdx.x / 32;
-    codes = p.packed + tile * p.tile_bytes + unit * (W::kLoads * 512) + lane * 16;
-    meta = reinterpret_cast<const uint32_t*>(p.meta) +
-           (static_cast<int64_t>(tile) * p.groups * 8 + lane / 4) * (kSymmetric ? 1 : 2);
+    unit = member;
+    codes = p.packed + static_cast<int64_t>(tile) * p.tile_bytes +
+            (unit * (K::kLoads * 512) + lane * 16);
+    const int stride = p.format.has_zeros() ? 64 : 32;
+    meta = reinterpret_cast<const uint8_t*>(p.meta) +
+           static_cast<int64_t>(tile) * (p.groups * stride) + lane / 4 * (stride / 8);
   }
-  // Asks for the warp's first two units, 128 bytes a lane, to come to L2. That is allowed before
-  // the previous kernel is done, even if it writes these weights: L2 is where its writes arrive.
-  __device__ __forceinline__ void prefetch(const QLinearProblem& p, int units) const {
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    constexpr int kLines = W::kLoads * 4;
-    int later = unit + lane / kLines * warps, where = tile;
-    if (later >= units) {
-      later = unit;
-      where += gridDim.x;
-    }
-    const int64_t offset = static_cast<int64_t>(later * kLines + lane % kLines) * 128;
-    if (lane < 2 * kLines && where < p.tiles && offset < p.tile_bytes) {
-      prefetch_l2(p.packed + where * p.tile_bytes + offset);
-    }
-  }
-  __device__ __forceinline__ void advance(const QLinearProblem& p, int units) {
-    const int warps = blockDim.x / 32;
-    unit += warps;
-    codes += warps * (W::kLoads * 512);
-    if (unit >= units) enter(p, tile + gridDim.x);
+  __device__ __forceinline__ void advance(const QLinearProblem& p, const Plan& plan, int member) {
+    unit += plan.warps;
+    codes += plan.warps * (K::kLoads * 512);
+    if (unit >= plan.units) enter(p, tile + gridDim.x * plan.groups, member);
   }
 };
 
-// One lane's codes and group parameters of a unit.
-template <int kBits, bool kSymmetric, int kGroupSteps>
+// A lane's codes and group parameters of a unit.
+template <typename K>
 struct Unit {
-  using W = Walk<kBits, kGroupSteps>;
-  static constexpr int kLoads = W::kLoads;
-  static constexpr int kMetas = W::kSteps / kGroupSteps;
-  uint4 codes[kLoads];
-  uint2 meta[kMetas];  // symmetric: .x only
+  uint32_t word[K::kLoads * 4];
+  uint2 meta[K::kSegments];  // without zero points: .x only
 
-  __device__ __forceinline__ void load(const QLinearProblem& p,
-                                       const Cursor<kBits, kSymmetric, kGroupSteps>& from) {
+  __device__ __forceinline__ void load(const QLinearProblem& p, const Plan& plan,
+                                       const Cursor<K>& from) {
     // Loads left in the tile. Predicates rather than a branch: ptxas would hoist the use of the
     // previous unit, and with it the wait for its codes, above a branch, and these loads would
     // start late.
-    const int here = from.tile < p.tiles ? p.blocks * (kBits / 4) - from.unit * kLoads : 0;
+    const int here =
+        from.tile < p.tiles ? p.blocks * kBlockColumns * K::kBits / 256 - from.unit * K::kLoads : 0;
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      codes[i] = i < here ? load_stream(from.codes + i * 512) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < K::kLoads; ++i) {
+      const uint4 v = i < here ? load_stream(from.codes + i * 512) : make_uint4(0, 0, 0, 0);
+      word[4 * i] = v.x;
+      word[4 * i + 1] = v.y;
+      word[4 * i + 2] = v.z;
+      word[4 * i + 3] = v.w;
     }
 #pragma unroll
-    for (int i = 0; i < kMetas; ++i) {
-      const int step = from.unit * W::kSteps + i * kGroupSteps;
-      int group;
-      if constexpr (kGroupSteps >= 2) {
-        group = min(step >> p.group_shift, p.groups - 1);
-      } else {
-        group = group_of_step(p, step);
-      }
+    for (int i = 0; i < K::kSegments; ++i) {
+      const int group = group_of_step(p, plan, from.unit * K::kSteps + i * K::kFoldSteps);
       if (here > 0) {
-        if constexpr (kSymmetric) {
-          meta[i].x = load_4(from.meta + group * 8);
+        if (!K::kBook && p.format.has_zeros()) {
+          meta[i] = load_8(from.meta + group * 64);
         } else {
-          meta[i] = load_8(from.meta + group * 16);
+          meta[i].x = load_4(from.meta + group * 32);
         }
       }
     }
   }
-
-  template <typename T>
-  __device__ __forceinline__ void rows(const QLinearProblem& p, int i, RowQuant& row0,
-                                       RowQuant& row8) const {
-    const __half2 first = *reinterpret_cast<const __half2*>(&meta[i].x);
-    if constexpr (kSymmetric) {
-      const __half zero = __float2half_rn(p.symmetric_zero);
-      row0 = make_row_quant<T>(first.x, zero);
-      row8 = make_row_quant<T>(first.y, zero);
-    } else {
-      const __half2 second = *reinterpret_cast<const __half2*>(&meta[i].y);
-      row0 = make_row_quant<T>(first.x, first.y);
-      row8 = make_row_quant<T>(second.x, second.y);
-    }
+  __device__ __forceinline__ void operand(uint32_t (&a)[4], int step) const {
+    Words<K::kBits> words;
+#pragma unroll
+    for (int i = 0; i < K::kBits; ++i) words.word[i] = word[step / 4 * K::kBits + i];
+    raw_operand<K::kBits>(a, words, step % 4);
   }
-
-  template <typename T>
-  __device__ __forceinline__ void dequant(uint32_t (&a)[4], int step, const RowQuant& row0,
-                                          const RowQuant& row8) const {
-    if constexpr (kBits == 4) {
-      const uint4& c = codes[step / 4];
-      const uint32_t word = step % 4 == 0 ? c.x : step % 4 == 1 ? c.y : step % 4 == 2 ? c.z : c.w;
-      dequant_4bit<T>(a, word, row0, row8);
-    } else {
-      const uint4& c = codes[step / 2];
-      dequant_8bit<T>(a, step % 2 ? c.z : c.x, step % 2 ? c.w : c.y, row0, row8);
+  // `table`: of this lane, an entry every 128 bytes.
+  __device__ __forceinline__ void book_operand(uint32_t (&a)[4], int step,
+                                               const unsigned char* table) const {
+    // A byte holds the codes of rows g and g + 8, of one column.
+    uint32_t pair[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pair[i] = *reinterpret_cast<const uint32_t*>(table + __dp4a(word[step], 0x80u << 8 * i, 0u));
     }
+    a[0] = __byte_perm(pair[0], pair[2], 0x5410);
+    a[1] = __byte_perm(pair[0], pair[2], 0x7632);
+    a[2] = __byte_perm(pair[1], pair[3], 0x5410);
+    a[3] = __byte_perm(pair[1], pair[3], 0x7632);
   }
 };
 
-// sum[4] += the unit's product with x; `x` points at this lane's row and first column of the unit.
-template <typename T, int kBits, bool kSymmetric, int kGroupSteps>
-__device__ __forceinline__ void multiply(float (&sum)[4], const QLinearProblem& p,
-                                         const Unit<kBits, kSymmetric, kGroupSteps>& unit,
-                                         const T* x) {
-#pragma unroll
-  for (int i = 0; i < unit.kMetas; ++i) {
-    RowQuant row0, row8;
-    unit.template rows<T>(p, i, row0, row8);
-    bool rest = false;
-    if constexpr (Operand<T>::kSplitZero && !kSymmetric) {
-      rest = __any_sync(0xFFFFFFFF, has_rest(row0) || has_rest(row8));
-      if (rest) {
-        row0.scale *= Operand<T>::kRestScale;
-        row8.scale *= Operand<T>::kRestScale;
-      }
-    }
-    constexpr int kChains = kGroupSteps >= 4 ? 2 : 1;  // shortens the chain of dependent mma
-    float c[kChains][4] = {};
-#pragma unroll
-    for (int s = 0; s < kGroupSteps; ++s) {
-      const int step = i * kGroupSteps + s;
-      const uint2 b = *reinterpret_cast<const uint2*>(x + step * kStepColumns);
-      uint32_t a[4];
-      unit.template dequant<T>(a, step, row0, row8);
-      if constexpr (Operand<T>::kSplitZero && !kSymmetric) {
-        if (rest) subtract_rest<T>(a, row0, row8);
-      }
-      mma_16x8x16(c[s % kChains], a, b, T());
-    }
-#pragma unroll
-    for (int chain = 0; chain < kChains; ++chain) {
-      sum[0] += c[chain][0] * row0.scale;
-      sum[1] += c[chain][1] * row0.scale;
-      sum[2] += c[chain][2] * row8.scale;
-      sum[3] += c[chain][3] * row8.scale;
-    }
-  }
-}
+// Sums of a lane: rows g (two) and g + 8 of the tile, rows 2t and 2t + 1 of x.
+struct Sums {
+  float value[4] = {};
+};
 
-// Rows of x to shared memory, zeros from column k up to the padded width.
-template <typename T>
-__device__ __forceinline__ void stage_x(T* shared, const QLinearProblem& p, int stride) {
-  const T* x = static_cast<const T*>(p.x);
-  const int pieces = (stride - kRowPad) / 8;
-  for (int row = 0; row < p.m; ++row) {
-    for (int i = threadIdx.x; i < pieces; i += blockDim.x) {
-      const T* source = x + static_cast<int64_t>(row) * p.k;
-      uint4 piece;
-      if (p.aligned) {
-        piece = i * 8 < p.k ? load_16(source + i * 8) : make_uint4(0, 0, 0, 0);
+// Where a lane reads its share of x and of the records.
+template <typename K>
+struct LaneX {
+  const unsigned char* x;
+  const unsigned char* record;
+
+  __device__ __forceinline__ LaneX(const unsigned char* x_share, const unsigned char* records,
+                                   const QLinearProblem& p, const Plan& plan) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    x = x_share + min(g, p.m - 1) * plan.x_pitch + t * 8;
+    record = records + min(t, plan.row_pairs - 1) * plan.record_pitch;
+  }
+};
+
+// sums += the segment's product. `meta`: the group's parameters of rows g and g + 8.
+template <typename K>
+__device__ __forceinline__ void fold(Sums& sums, const float (&c)[2][4], int first_step,
+                                     const LaneX<K>& lane, int segment, uint2 meta,
+                                     const QLinearProblem& p) {
+  float scale0, scale8, zero0 = p.zero, zero8 = p.zero;
+  if (!K::kBook && p.format.has_zeros()) {
+    const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&meta.x));
+    const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&meta.y));
+    scale0 = low.x;
+    zero0 = low.y;
+    scale8 = high.x;
+    zero8 = high.y;
+  } else {
+    const float2 scales = __half22float2(*reinterpret_cast<const __half2*>(&meta.x));
+    scale0 = scales.x;
+    scale8 = scales.y;
+  }
+  {
+    const float4 record = *reinterpret_cast<const float4*>(lane.record + segment * 16);
+    float total[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (K::kBook) {
+        total[j] = c[0][j] + c[1][j];
       } else {
-        piece = load_row_8(source, i * 8, p.k);
+        const float even = 1.0f / raw_factor<K::kBits>(first_step, j >= 2);
+        const float odd = 1.0f / raw_factor<K::kBits>(first_step + 1, j >= 2);
+        total[j] = K::kFoldSteps == 1 ? c[0][j] * even
+                   : even == odd      ? (c[0][j] + c[1][j]) * even
+                                      : c[0][j] * even + c[1][j] * odd;
       }
-      *reinterpret_cast<uint4*>(shared + row * stride + i * 8) = piece;
+    }
+    if constexpr (K::kBook) {
+      sums.value[0] += scale0 * (total[0] * record.x);
+      sums.value[1] += scale0 * (total[1] * record.z);
+      sums.value[2] += scale8 * (total[2] * record.x);
+      sums.value[3] += scale8 * (total[3] * record.z);
+    } else {
+      sums.value[0] += scale0 * (total[0] * record.x - zero0 * record.y);
+      sums.value[1] += scale0 * (total[1] * record.z - zero0 * record.w);
+      sums.value[2] += scale8 * (total[2] * record.x - zero8 * record.y);
+      sums.value[3] += scale8 * (total[3] * record.z - zero8 * record.w);
     }
   }
 }
 
-template <typename T, int kBits, bool kSymmetric, int kGroupSteps>
-__device__ __forceinline__ void run_gemv(const QLinearProblem& p) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int warps = blockDim.x / 32;
-  using W = Walk<kBits, kGroupSteps>;
-  const int units = W::units(p);
-  const int stride = W::x_stride(p);
-  T* const x = reinterpret_cast<T*>(shared);
-  float* const partial = reinterpret_cast<float*>(x + p.m * stride);
+// `part_step`: the unit's first step in the warp's part of x.
+template <typename K>
+__device__ __forceinline__ void multiply(Sums& sums, const Unit<K>& unit, int part_step,
+                                         const LaneX<K>& lane, const unsigned char* table,
+                                         const QLinearProblem& p) {
+#pragma unroll
+  for (int first = 0; first < K::kSteps; first += K::kFoldSteps) {
+    float c[2][4] = {};  // two chains; with 2 bits they differ in the factor
+#pragma unroll
+    for (int s = 0; s < K::kFoldSteps; ++s) {
+      const int step = first + s;
+      uint32_t a[4];
+      if constexpr (K::kBook) {
+        unit.book_operand(a, step, table);
+      } else {
+        unit.operand(a, step);
+      }
+      const uint2 b = *reinterpret_cast<const uint2*>(lane.x + (part_step + step) * 32);
+      mma_16x8x16(c[s % 2], a, b);
+    }
+    fold<K>(sums, c, first, lane, part_step / K::kFoldSteps + first / K::kFoldSteps,
+            unit.meta[first / K::kFoldSteps], p);
+  }
+}
 
-  Unit<kBits, kSymmetric, kGroupSteps> first, second;
-  Cursor<kBits, kSymmetric, kGroupSteps> cursor;
-  cursor.enter(p, blockIdx.x);
-  const auto load_next = [&](auto& unit) {
-    unit.load(p, cursor);
-    cursor.advance(p, units);
-  };
-  let_next_kernel_start();
-  cursor.prefetch(p, units);
-  wait_for_previous_kernel();
-  load_next(first);
-  stage_x(x, p, stride);
+// Entry b of a lane: {book[b & 15], book[b >> 4]} at b * 128 + lane * 4.
+__device__ __forceinline__ void fill_wide_book(unsigned char* table, Scheme scheme) {
+  __shared__ uint32_t narrow[256];
+  fill_book(narrow, scheme);
   __syncthreads();
+  auto* const words = reinterpret_cast<uint32_t*>(table);
+  for (int i = threadIdx.x; i < 256 * 32; i += blockDim.x) words[i] = narrow[i / 32];
+}
 
-  const T* const lane_x = x + min(lane / 4, p.m - 1) * stride + lane % 4 * 4;
-  float sum[4] = {};
-  int tile = blockIdx.x, unit = warp, parity = 0;
-  int turn = threadIdx.x;  // the warps take turns at adding the partial sums
+// Adds the warps' sums of `slots` rounds, the first of them at tile `first`, and finishes them.
+template <typename K>
+__device__ __forceinline__ void add_partials(const QLinearProblem& p, const Plan& plan,
+                                             const float* partial, const uint32_t& special,
+                                             int first, int slots, bool last) {
+  __syncthreads();
+  // Outputs [slot][group][row of x][row pair of the tile].
+  const int outputs = slots * plan.groups * p.m * 8;
+  const int tile_stride = gridDim.x * plan.groups, tile_floats = 16 * p.m;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
+    const int g = i % 8;
+    int m = 0, which = i / 8;
+    if (p.m > 1) {
+      m = which % p.m;
+      which /= p.m;
+    }
+    int tile = first + which * tile_stride;
+    if (plan.groups > 1) {
+      tile = first + which / plan.groups * tile_stride + which % plan.groups;
+      if (tile >= p.tiles) continue;
+    }
+    const float* source = partial + which * plan.warps * tile_floats + m * 16 + g;
+    float value0 = 0, value8 = 0;
+#pragma unroll 8
+    for (int w = 0; w < plan.warps; ++w) {
+      value0 += source[w * tile_floats];
+      value8 += source[w * tile_floats + 8];
+    }
+    if constexpr (!K::kBook) {
+      value0 *= kRawUnit;
+      value8 *= kRawUnit;
+    }
+    if (__builtin_expect(special >> m & 1, 0)) {
+      value0 += special_sum<K::kBits>(p, m, tile * 16 + g);
+      value8 += special_sum<K::kBits>(p, m, tile * 16 + g + 8);
+    }
+    finish_pair(p.epilogue, m, tile * 16 + g, value0, value8);
+  }
+  if (!last) __syncthreads();
+}
 
-  // Uses one unit; after a tile's last one adds the warps' sums. True when the block's last tile is
-  // done.
-  const auto use = [&](const auto& loaded) -> bool {
-    multiply<T>(sum, p, loaded, lane_x + unit * W::kColumns);
-    unit += warps;
-    if (unit < units) return false;
-    float* const rows = partial + (parity * warps + warp) * 16 * p.m;
-    const int column = lane % 4 * 2;
-    if (column < p.m) {
-      rows[column * 16 + lane / 4] = sum[0];
-      rows[column * 16 + lane / 4 + 8] = sum[2];
+template <typename K>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    qlinear_gemv_kernel(const __grid_constant__ QLinearProblem p,
+                        const __grid_constant__ Plan plan) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ uint32_t special;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int member = warp, group = 0;
+  if (plan.groups > 1) {
+    member = warp % plan.warps;
+    group = warp / plan.warps;
+  }
+  const int tile_stride = gridDim.x * plan.groups, block_first = blockIdx.x * plan.groups;
+
+  let_next_kernel_start();
+  Cursor<K> cursor(p, block_first + group, member);
+  {
+    // 128 bytes a lane: kLoads * 4 lines a unit.
+    Cursor<K> ahead = cursor;
+    for (int i = 0; i < plan.prefetch; ++i) {
+      const int offset = ahead.unit * (K::kLoads * 512) + lane * 128;
+      if (lane < K::kLoads * 4 && ahead.tile < p.tiles && offset < p.tile_bytes) {
+        prefetch_l2(ahead.codes + lane * (128 - 16));
+      }
+      ahead.advance(p, plan, member);
     }
-    if (column + 1 < p.m) {
-      rows[(column + 1) * 16 + lane / 4] = sum[1];
-      rows[(column + 1) * 16 + lane / 4 + 8] = sum[3];
-    }
-    __syncthreads();  // two buffers of partial sums, so one barrier a tile is enough
-    for (int i = turn; i < 16 * p.m; i += blockDim.x) {
-      const int row = tile * 16 + i % 16;
-      const float* const source = partial + parity * warps * 16 * p.m + i;
-      float total = 0;
-#pragma unroll 4
-      for (int w = 0; w < warps; ++w) total += source[w * 16 * p.m];
-      if (row < p.n) {
-        if (p.bias != nullptr) total += to_float(static_cast<const T*>(p.bias)[row]);
-        static_cast<T*>(p.y)[static_cast<int64_t>(i / 16) * p.n + row] = from_float<T>(total);
+  }
+  if (threadIdx.x == 0) special = 0;
+  if constexpr (K::kBook) fill_wide_book(shared, p.format.scheme);
+  __syncthreads();
+  unsigned char* const x = shared + plan.x_at + warp * plan.x_share;
+  unsigned char* const records = shared + plan.record_at + warp * plan.record_share;
+  auto* const absmax = reinterpret_cast<uint32_t*>(shared + plan.absmax_at);
+  const LaneX<K> lane_x(x, records, p, plan);
+  wait_for_previous_kernel();
+
+  Unit<K> first_unit, second_unit;
+  const auto load_next = [&](Unit<K>& unit) {
+    unit.load(p, plan, cursor);
+    cursor.advance(p, plan, member);
+  };
+  load_next(first_unit);
+  if (!plan.direct_x) copy_x<K::kUnit>(x, p, plan, member);
+  if (p.activation_bits == 8) {
+    for (int i = threadIdx.x; i < p.groups * p.m; i += blockDim.x) absmax[i] = 0;
+    __syncthreads();
+    find_absmax<K::kUnit>(absmax, x, p, plan, member);
+    __syncthreads();
+  }
+  stage_x<K::kUnit, K::kFoldSteps>(x, records, absmax, &special, p, plan, member);
+  __syncwarp();
+
+  const unsigned char* const table = shared + lane * 4;
+  auto* const partial = reinterpret_cast<float*>(shared + plan.partial_at);
+  const int tile_floats = 16 * p.m;  // of one warp
+  Sums sums;
+  int unit = member, part_step = 0, slot = 0, block_tile = block_first;
+
+  // Uses one unit; after a tile's last one stores the warp's sums, and when these have filled
+  // their place adds the warps' sums. True when the block's last tile is done.
+  const auto use = [&](const Unit<K>& loaded) -> bool {
+    multiply<K>(sums, loaded, part_step, lane_x, table, p);
+    unit += plan.warps;
+    part_step += K::kSteps;
+    if (unit < plan.units) return false;
+    unit = member;
+    part_step = 0;
+    // Partial sums: [slot][group][member][row of x][row of the tile].
+    float* const target = partial + (slot * plan.block_warps() + warp) * tile_floats + lane / 4;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int m = lane % 4 * 2 + j;
+      if (m < p.m) {
+        target[m * 16] = sums.value[j];
+        target[m * 16 + 8] = sums.value[2 + j];
       }
     }
-    sum[0] = sum[1] = sum[2] = sum[3] = 0;
-    parity ^= 1;
-    turn = turn < 32 ? turn + blockDim.x - 32 : turn - 32;
-    unit = warp;
-    tile += gridDim.x;
-    return tile >= p.tiles;
+    sums = {};
+    ++slot;
+    const bool last = block_tile + tile_stride >= p.tiles;
+    if (slot == plan.slots || last) {
+      add_partials<K>(p, plan, partial, special, block_tile - (slot - 1) * tile_stride, slot, last);
+      slot = 0;
+    }
+    block_tile += tile_stride;
+    return last;
   };
 
   while (true) {
-    load_next(second);
-    if (use(first)) break;
-    load_next(first);
-    if (use(second)) break;
+    load_next(second_unit);
+    if (use(first_unit)) break;
+    load_next(first_unit);
+    if (use(second_unit)) break;
   }
 }
 
-template <typename T, int kBits, bool kSymmetric, int kGroupSteps>
-__global__ void __launch_bounds__(kMaxThreads, 1) qlinear_gemv_kernel(const QLinearProblem p) {
-#if __CUDA_ARCH__ >= 800
-  constexpr bool kCompiled = true;
-#else
-  constexpr bool kCompiled = !Operand<T>::kNeedsSm80;
-#endif
-  if constexpr (kCompiled) run_gemv<T, kBits, kSymmetric, kGroupSteps>(p);
-}
-
-// Warps per block: 16 when there are few tiles, so that a short launch has all its codes in flight
-// at once; eight when there are many, for then blocks are what fills a multiprocessor. Blocks per
-// multiprocessor: as many as registers, threads and shared memory allow, and no more than there are
-// tiles.
-template <typename T, int kBits, bool kSymmetric, int kGroupSteps>
+template <typename K>
 int launch(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
-  const auto kernel = qlinear_gemv_kernel<T, kBits, kSymmetric, kGroupSteps>;
-  static const int registers = [&] {
-    cudaFuncAttributes attributes{};
-    const bool known = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
-    return known ? (attributes.numRegs + 7) / 8 * 8 : 128;
-  }();
-  const int wanted = p.tiles <= device.multiprocessors ? 16 : 8;
-  const int warps = std::min({wanted, Walk<kBits, kGroupSteps>::units(p), kMaxThreads / 32});
-  const int bytes = Walk<kBits, kGroupSteps>::shared_bytes(p, warps);
-  const int max_threads = device.sm == 75 ? 1024 : device.sm == 80 || device.sm == 90 ? 2048 : 1536;
-  const int resident =
-      std::max(1, std::min({65536 / (registers * warps * 32), max_threads / (warps * 32),
-                            device.multiprocessor_shared / (bytes + 1024)}));
-  const int grid = std::min(p.tiles, device.multiprocessors * resident);
-  return launch_kernel(kernel, dim3(grid), warps * 32, bytes, device.sm >= 90, stream, p);
+  const Plan plan = make_plan(p, device);
+  return launch_kernel(qlinear_gemv_kernel<K>, dim3(plan.grid), plan.block_warps() * 32,
+                       plan.shared_bytes, device.sm >= 90, stream, p, plan);
 }
 
-template <typename T, int kBits, bool kSymmetric>
-int launch_for_group(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
-  if (p.group_shift >= 3) return launch<T, kBits, kSymmetric, 8>(p, device, stream);
-  if (p.group_shift == 2) return launch<T, kBits, kSymmetric, 4>(p, device, stream);
-  if (p.group_shift == 1) return launch<T, kBits, kSymmetric, 2>(p, device, stream);
-  return launch<T, kBits, kSymmetric, 1>(p, device, stream);
+// One translation unit for each, so that they compile side by side.
+template <int kBits, bool kBook>
+int launch_bits(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
+  switch (fold_steps(p)) {
+    case 8:
+      return launch<Kind<kBits, kBook, 8>>(p, device, stream);
+    case 4:
+      return launch<Kind<kBits, kBook, 4>>(p, device, stream);
+    case 2:
+      return launch<Kind<kBits, kBook, 2>>(p, device, stream);
+    default:
+      return launch<Kind<kBits, kBook, 1>>(p, device, stream);
+  }
 }
 
 }  // namespace gemv
-
-template <typename T>
-int launch_gemv(const QLinearProblem& p, int bits, const Device& device, cudaStream_t stream) {
-  if (bits == 4) {
-    return p.symmetric ? gemv::launch_for_group<T, 4, true>(p, device, stream)
-                       : gemv::launch_for_group<T, 4, false>(p, device, stream);
-  }
-  return p.symmetric ? gemv::launch_for_group<T, 8, true>(p, device, stream)
-                     : gemv::launch_for_group<T, 8, false>(p, device, stream);
-}
-
 }  // namespace kvopt::cuda

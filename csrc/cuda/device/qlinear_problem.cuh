@@ -8,46 +8,45 @@
 #include <cstdint>
 
 #include "common/params.h"
+#include "cuda/device/epilogue.cuh"
 
 namespace kvopt::cuda {
 
 constexpr int kStepColumns = 16;   // one tensor-core multiplication
-constexpr int kBlockColumns = 64;  // columns of one 4-bit load of a lane; K is padded to it
+constexpr int kBlockColumns = 64;  // four of them
 
 struct QLinearProblem {
-  const void* x;
+  const void* x;  // (M, K) in `dtype`
   const uint8_t* packed;
   const __half* meta;
-  const void* bias;
-  void* y;
+  const void* input_scale;  // (K) in `dtype`, or null
+  DType dtype;
+  QuantFormat format;
+  int32_t activation_bits;  // 16 or 8
   int32_t m, n, k;
-  int32_t tiles;        // of 16 rows of the weight
-  int32_t blocks;       // of 64 columns, in a tile
-  int32_t groups;       // of a row
-  int32_t group_steps;  // 16-column steps per group
-  int32_t group_shift;  // its log2, or -1 when it is no power of two; 31 when there is one group
+  int32_t tiles;          // of 16 rows of the weight
+  int32_t blocks;         // of 64 columns in a tile, padding included
+  int32_t groups;         // of a row
+  int32_t group_columns;  // a multiple of 16, or all of `blocks` * 64 where there is one group
+  int32_t group_shift;    // its log2, or -1 when it is no power of two; 31 when there is one group
   int64_t tile_bytes;
-  float symmetric_zero;
-  bool symmetric;
+  float zero;    // of all codes where none is stored
   bool aligned;  // rows of x start on 16 bytes and hold whole 16-byte pieces
+  Epilogue epilogue;
 };
 
-// Group of a 16-column step. Steps past the last column (they meet zero activations) count to the
-// last group. kSteps = 4: the caller knows that groups are 2^group_shift >= 4 steps and asks for a
-// block's first step only, which holds at least one column.
-template <int kSteps = 1>
-__device__ __forceinline__ int group_of_step(const QLinearProblem& p, int step) {
-  if constexpr (kSteps == 4) return step >> p.group_shift;
-  const int group = p.group_shift >= 0 ? step >> p.group_shift : step / p.group_steps;
+// Group of a column; columns past the last (they meet zero activations) count to the last group.
+__device__ __forceinline__ int group_of_column(const QLinearProblem& p, int column) {
+  const int group = p.group_shift >= 0 ? column >> p.group_shift : column / p.group_columns;
   return min(group, p.groups - 1);
 }
 
-// The (scale, zero) pairs of rows g and g + 8 as they lie in memory: two words, or one when
-// symmetric.
+// 16-bit words from the start of `meta` to what rows g and g + 8 of a tile have of a group: {scale,
+// scale} or {scale, zero, scale, zero}.
 __device__ __forceinline__ int64_t meta_offset(const QLinearProblem& p, int tile, int group,
                                                int g) {
   const int64_t index = static_cast<int64_t>(tile) * p.groups + group;
-  return p.symmetric ? index * 16 + g * 2 : index * 32 + g * 4;
+  return p.format.has_zeros() ? index * 32 + g * 4 : index * 16 + g * 2;
 }
 
 struct Device {
@@ -57,26 +56,67 @@ struct Device {
   int block_shared;           // and how many of them one block may ask for
 };
 
-// Each returns a cudaError_t. T: __half, __nv_bfloat16.
+// qlinear_problem.cu. The current GPU, asked once per GPU; a GPU that is not here, by its
+// capability (10 * major + minor); what the kernels see of a product.
+int query_device(Device& device);  // a cudaError_t
+Device device_of(int capability, int multiprocessors);
+QLinearProblem make_problem(const QLinearParams& p);
 
-// Tensor-core matrix-vector product, for few rows when x fits in shared memory. Where it has a tile
-// or two per multiprocessor to work on, staging more than four rows of x costs more than the tiled
-// product does (measured).
-inline bool gemv_fits(const QLinearProblem& p, const Device& device) {
-  if (p.m > (p.tiles <= 2 * device.multiprocessors ? 4 : 8)) return false;
-  const int64_t bytes = p.m * (p.blocks + 4ll) * kBlockColumns * 2;
-  return bytes <= device.multiprocessor_shared / 3 && bytes <= device.block_shared - 16 * 1024;
-}
-template <typename T>
-int launch_gemv(const QLinearProblem& p, int bits, const Device& device, cudaStream_t stream);
+// x as the matrix kernels take it: fp16 (M, pitch), columns from k to pitch are zero, pitch a
+// multiple of 8, 16-byte aligned; the product of row m is to be multiplied by row_scale[m] (null:
+// 1). It is p.x itself where that will do, else what the prologue wrote to the workspace.
+struct HalfRows {
+  const __half* x;
+  int64_t pitch;
+  const float* row_scale;
+};
 
-// Tiled tensor-core product, for any M.
-template <typename T, int kBits>
-int launch_gemm(const QLinearProblem& p, const Device& device, cudaStream_t stream);
+// x as W8A8 takes it: int8 (M, pitch), pitch a multiple of 16, columns past k zero.
+struct Int8Rows {
+  const int8_t* x;
+  int64_t pitch;
+  const float* row_scale;
+};
 
-// fp32 arithmetic, any M. T: float, and __nv_bfloat16 for chips whose tensor cores do not know it.
-template <typename T>
-int launch_simt(const QLinearProblem& p, int bits, const Device& device, cudaStream_t stream);
+// Every launch returns a cudaError_t.
+
+// qlinear_prologue.cu. x * input_scale, rounded to int8 per token and group when activation_bits is
+// 8, as fp16 times a power of two per row; or as int8 per token.
+bool needs_prologue(const QLinearProblem& p);
+int launch_prologue_half(const QLinearProblem& p, __half* out, int64_t pitch, float* row_scale,
+                         const Device& device, cudaStream_t stream);
+int launch_prologue_int8(const QLinearProblem& p, int8_t* out, int64_t pitch, float* row_scale,
+                         const Device& device, cudaStream_t stream);
+
+// qlinear_gemv*.cu: few rows, fp16 and bf16, every scheme but W8A8; reads p.x, does its own
+// prologue.
+bool gemv_fits(const QLinearProblem& p, const Device& device);
+int launch_gemv(const QLinearProblem& p, const Device& device, cudaStream_t stream);
+
+// qlinear_gemm*.cu: tiled product on mma.sync, any M, every scheme but W8A8.
+int launch_gemm(const QLinearProblem& p, const HalfRows& x, const Device& device,
+                cudaStream_t stream);
+
+// qlinear_wgmma*.cu: the same on sm_90's warpgroup instructions. `partials` as many bytes as
+// wgmma_partial_bytes says (0: none), for sums that are split over K.
+bool wgmma_fits(const QLinearProblem& p, const Device& device);
+int64_t wgmma_partial_bytes(const QLinearProblem& p, const Device& device);
+int launch_wgmma(const QLinearProblem& p, const HalfRows& x, void* partials, const Device& device,
+                 cudaStream_t stream);
+
+// qlinear_w8a8*.cu: int8 x int8, any M. launch_w8a8_gemv reads p.x and quantises it itself, for one
+// or two rows.
+int launch_w8a8(const QLinearProblem& p, const Int8Rows& x, const Device& device,
+                cudaStream_t stream);
+bool w8a8_gemv_fits(const QLinearProblem& p, const Device& device);
+int launch_w8a8_gemv(const QLinearProblem& p, const Device& device, cudaStream_t stream);
+
+// qlinear_simt.cu: fp32 arithmetic, any M, every scheme but W8A8; fp32 activations. What comes
+// before the product (input_scale, activation_bits 8) is launch_simt_rows's: fp32 (M, K), to be
+// given to launch_simt as p.x.
+int launch_simt_rows(const QLinearProblem& p, float* out, const Device& device,
+                     cudaStream_t stream);
+int launch_simt(const QLinearProblem& p, const Device& device, cudaStream_t stream);
 
 // Launches `kernel`. overlap: its blocks may take their places while the kernel before it in the
 // stream still runs (programmatic dependent launch, sm_90). Such a kernel calls
@@ -88,7 +128,7 @@ int launch_simt(const QLinearProblem& p, int bits, const Device& device, cudaStr
 template <typename Kernel, typename... Arguments>
 int launch_kernel(Kernel kernel, dim3 grid, int threads, int shared_bytes, bool overlap,
                   cudaStream_t stream, const Arguments&... arguments) {
-  if (shared_bytes > 48 * 1024) {  // more must be asked for by name
+  if (shared_bytes > 40 * 1024) {  // 48 KB with the static part; more must be asked for by name
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "common/params.h"
+
 namespace kvopt::cuda {
 
 __device__ __forceinline__ float to_float(float v) { return v; }
@@ -27,6 +29,22 @@ __device__ __forceinline__ __half from_float<__half>(float v) {
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
+}
+
+// Element i of an array whose type is known at run time.
+__device__ __forceinline__ float load_float(const void* data, int64_t i, DType type) {
+  if (type == DType::kFloat16) return __half2float(static_cast<const __half*>(data)[i]);
+  if (type == DType::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+  return static_cast<const float*>(data)[i];
+}
+__device__ __forceinline__ void store_float(void* data, int64_t i, float v, DType type) {
+  if (type == DType::kFloat16) {
+    static_cast<__half*>(data)[i] = __float2half_rn(v);
+  } else if (type == DType::kBFloat16) {
+    static_cast<__nv_bfloat16*>(data)[i] = __float2bfloat16_rn(v);
+  } else {
+    static_cast<float*>(data)[i] = v;
+  }
 }
 
 // Eight consecutive 16-bit elements of a row of length k, zeros past its end; no alignment is

@@ -3,45 +3,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvopt import ops
+from kvopt import ops, reference
+from kvopt.reference import Scheme
 
+BITS = (2, 3, 4, 8)
 MIN_GROUP, MAX_GROUP, GROUP_STEP = 16, 1024, 16
+BOOK_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Integer codes with one fp16 scale, and one fp16 zero point if asymmetric, per row and group.
+    """How a weight is stored, and how a product with it takes its activations.
 
     Attributes:
-        bits: 4 or 8 bits per code.
-        group_size: columns per group, a multiple of 16 in 16…1024, or ``None`` for one group per row.
-        symmetric: the zero point is 2^(bits-1) everywhere and is not stored.
+        bits: 2, 3, 4 or 8 bits per code.
+        group_size: columns that share a scale: a multiple of 16 in 16…1024 (one of ``BOOK_BLOCKS`` for a code book), or
+            ``None`` for one scale per row.
+        scheme: what a code means; ``False`` and ``True`` stand for asymmetric and symmetric.
+        double_quantized: NF4 and FP4: the scales are themselves stored in 8 bits.
+        activation_bits: 16, or 8: int8 per token and group. INT8_DYNAMIC always has 8.
     """
 
     bits: int
     group_size: int | None
-    symmetric: bool
+    scheme: Scheme
+    double_quantized: bool = False
+    activation_bits: int = 16
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ValueError(f"bits must be 4 or 8, got {self.bits}")
+        object.__setattr__(self, "scheme", Scheme(self.scheme))
+        if self.scheme == Scheme.INT8_DYNAMIC:
+            object.__setattr__(self, "activation_bits", 8)
+        if self.bits not in BITS:
+            raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits}")
+        if self.activation_bits not in (8, 16):
+            raise ValueError(f"activation bits must be 8 or 16, got {self.activation_bits}")
         g = self.group_size
-        if g is not None and not (MIN_GROUP <= g <= MAX_GROUP and g % GROUP_STEP == 0):
+        if self.scheme.has_book:
+            if self.bits != 4:
+                raise ValueError(f"{self.scheme.name.lower()} has 4 bits, got {self.bits}")
+            if g not in BOOK_BLOCKS:
+                raise ValueError(f"block size must be one of {', '.join(map(str, BOOK_BLOCKS))}; got {g}")
+        elif self.double_quantized:
+            raise ValueError("only nf4 and fp4 have double-quantised scales")
+        elif self.scheme == Scheme.INT8_DYNAMIC:
+            if self.bits != 8 or g is not None:
+                raise ValueError(f"int8 dynamic has 8 bits and one scale per row, got {self.bits} and {g}")
+        elif g is not None and not (MIN_GROUP <= g <= MAX_GROUP and g % GROUP_STEP == 0):
             raise ValueError(
                 f"group size must be a multiple of {GROUP_STEP} in {MIN_GROUP}…{MAX_GROUP}, or gc (one per row); "
                 f"got {g}"
             )
 
-    def __str__(self) -> str:
-        if self == INT8:
+    @property
+    def symmetric(self) -> bool:
+        """No zero points are stored."""
+        return self.scheme != Scheme.ASYMMETRIC
+
+    @property
+    def storage_name(self) -> str:
+        """The format as a recipe names it, without the activations' part."""
+        if self.scheme == Scheme.INT8_DYNAMIC:
+            return "int8_dyn"
+        if (self.bits, self.group_size, self.scheme) == (8, None, Scheme.SYMMETRIC):
             return "int8"
+        if self.scheme.has_book:
+            block = "" if self.group_size == 64 else f"_b{self.group_size}"
+            return self.scheme.name.lower() + block + ("_dq" if self.double_quantized else "")
         group = "gc" if self.group_size is None else f"g{self.group_size}"
-        return f"int{self.bits}_{group}" + ("_sym" if self.symmetric else "")
+        return f"int{self.bits}_{group}" + ("_sym" if self.scheme == Scheme.SYMMETRIC else "")
+
+    @property
+    def has_a8_part(self) -> bool:
+        """Whether a recipe says ``+a8`` for it: int8 activations that do not follow from the scheme."""
+        return self.activation_bits == 8 and self.scheme != Scheme.INT8_DYNAMIC
+
+    def __str__(self) -> str:
+        return self.storage_name + ("+a8" if self.has_a8_part else "")
 
     def group_columns(self, k: int) -> int:
         """The group size as the operators take it for rows of ``k`` columns.
@@ -56,64 +100,172 @@ class WeightFormat:
         return self.group_size
 
 
-INT8 = WeightFormat(bits=8, group_size=None, symmetric=True)
+INT8 = WeightFormat(bits=8, group_size=None, scheme=Scheme.SYMMETRIC)
+
+
+@dataclass(frozen=True)
+class CompactAbsmax:
+    """Double-quantised scales, plain on every device.
+
+    Attributes:
+        codes: (N * groups,) uint8, the groups of a row side by side.
+        scale: (⌈N * groups / 256⌉,) float32.
+        offset: () float32, the mean.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    @classmethod
+    def of(cls, absmax: Tensor) -> CompactAbsmax:
+        """From absmax (N, groups), as bitsandbytes does it."""
+        return cls(*reference.double_quantize(absmax))
+
+    def to_meta(self, shape: tuple[int, int], format: WeightFormat) -> Tensor:
+        """The scales as a product reads them."""
+        n, k = shape
+        return ops.wquant_expand_scales(
+            self.codes, self.scale, self.offset, n, k, format.bits, format.group_columns(k), format.scheme
+        )
+
+    def to(self, device: torch.device | str) -> CompactAbsmax:
+        """The same on another device."""
+        return CompactAbsmax(self.codes.to(device), self.scale.to(device), self.offset.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.codes.nbytes + self.scale.nbytes + self.offset.nbytes
 
 
 class QuantizedWeight:
     """A quantised (N, K) weight in the packed layout of the device it is on.
 
-    Attributes:
-        format: the :class:`WeightFormat`.
-        shape: (N, K).
+    Args:
         packed: uint8, the codes.
-        meta: int16, fp16 bit patterns of scales and zero points.
+        scales: int16, fp16 bit patterns of scales and zero points; or double-quantised scales.
+        shape: (N, K).
+        format: the :class:`WeightFormat`.
     """
 
-    def __init__(self, packed: Tensor, meta: Tensor, shape: tuple[int, int], format: WeightFormat) -> None:
-        self.packed, self.meta, self.shape, self.format = packed, meta, shape, format
+    def __init__(
+        self, packed: Tensor, scales: Tensor | CompactAbsmax, shape: tuple[int, int], format: WeightFormat
+    ) -> None:
+        self.packed, self.scales, self.shape, self.format = packed, scales, shape, format
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor, format: WeightFormat) -> QuantizedWeight:
-        """Packs plain codes (N, K) uint8, scale and zero (N, groups) float16."""
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        format: WeightFormat,
+        absmax: CompactAbsmax | None = None,
+    ) -> QuantizedWeight:
+        """Packs plain codes (N, K) uint8, scale and zero (N, groups) float16.
+
+        Args:
+            codes: the codes.
+            scale: the scales.
+            zero: the zero points; ignored by all but asymmetric formats.
+            format: of the result.
+            absmax: for a double-quantised format, what is stored in place of ``scale``; default: made from it.
+        """
         n, k = codes.shape
-        packed, meta = ops.wquant_pack(
-            codes.contiguous(),
-            scale.contiguous(),
-            zero.contiguous(),
-            format.bits,
-            format.group_columns(k),
-            format.symmetric,
-        )
-        return cls(packed, meta, (n, k), format)
+        group = format.group_columns(k)
+        plain = (codes.contiguous(), scale.contiguous(), zero.contiguous())
+        packed, meta = ops.wquant_pack(*plain, format.bits, group, format.scheme)
+        scales: Tensor | CompactAbsmax = meta
+        if format.double_quantized:
+            scales = CompactAbsmax.of(scale) if absmax is None else absmax
+        return cls(packed, scales, (n, k), format)
+
+    @property
+    def meta(self) -> Tensor:
+        """int16, fp16 bit patterns of scales and zero points; expanded anew where they are double-quantised."""
+        if isinstance(self.scales, CompactAbsmax):
+            return self.scales.to_meta(self.shape, self.format)
+        return self.scales
 
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Plain codes (N, K) uint8, scale and zero (N, groups) float16."""
         n, k = self.shape
         f = self.format
-        return ops.wquant_unpack(self.packed, self.meta, n, k, f.bits, f.group_columns(k), f.symmetric)
+        return ops.wquant_unpack(self.packed, self.meta, n, k, f.bits, f.group_columns(k), f.scheme)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense (N, K) weight, each value ``scale * (code - zero)`` in float32 rounded once to ``dtype``."""
+        """The dense (N, K) weight, each value computed in float32 and rounded once to ``dtype``."""
         n, k = self.shape
         f = self.format
         return ops.wquant_dequantize(
-            self.packed, self.meta, n, k, f.bits, f.group_columns(k), f.symmetric, dtype
+            self.packed, self.meta, n, k, f.bits, f.group_columns(k), f.scheme, dtype
         )
 
-    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x @ w^T + bias``: (..., K) to (..., N); see :func:`kvopt.qlinear`."""
+    def linear(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        activation_bits: int | None = None,
+        input_scale: Tensor | None = None,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+        swiglu: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """The fused product (..., K) to (..., N); see :func:`kvopt.qlinear`."""
         n, k = self.shape
         f = self.format
         group = k if f.group_size is None else f.group_size
-        return ops.qlinear(x, self.packed, self.meta, bias, n, f.bits, group, f.symmetric)
+        low_rank_x, low_rank_w = (None, None) if low_rank is None else low_rank
+        if activation_bits is None:
+            activation_bits = f.activation_bits
+        return ops.qlinear(
+            *(x, self.packed, self.meta, bias, n, f.bits, group, f.scheme, activation_bits),
+            input_scale=input_scale,
+            low_rank_x=low_rank_x,
+            low_rank_w=low_rank_w,
+            swiglu=swiglu,
+            residual=residual,
+        )
+
+    @classmethod
+    def cat(cls, weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """The rows of several weights below each other, bit for bit: several outputs of one input in one launch.
+
+        Raises:
+            ValueError: nothing given, or different formats, K or devices; or double-quantised scales, which share an
+                offset: quantise the joined weight instead.
+        """
+        codes, scale, zero = _joinable(weights, "cat")
+        return cls.from_codes(torch.cat(codes), torch.cat(scale), torch.cat(zero), weights[0].format)
+
+    @classmethod
+    def interleave_swiglu(cls, gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
+        """Gate's and up's rows alternating in eights, as ``qlinear(…, swiglu=True)`` takes them.
+
+        A bias or ``low_rank_w`` of such a product alternates in the same way.
+
+        Raises:
+            ValueError: shapes, formats or devices differ, N is no multiple of 8, or the scales are double-quantised.
+        """
+        if gate.shape != up.shape or gate.shape[0] % 8:
+            raise ValueError(
+                "interleave_swiglu: gate and up need one shape and a multiple of 8 rows, got "
+                f"{gate.shape} and {up.shape}"
+            )
+        parts = _joinable([gate, up], "interleave_swiglu")
+        codes, scale, zero = (reference.join_swiglu(a.T, b.T).T for a, b in parts)
+        return cls.from_codes(codes, scale, zero, gate.format)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device, repacked where that device's layout differs. Codes stay bit for bit."""
         device = torch.device(device)
         if device.type == self.packed.device.type:
-            return QuantizedWeight(self.packed.to(device), self.meta.to(device), self.shape, self.format)
+            return QuantizedWeight(self.packed.to(device), self.scales.to(device), self.shape, self.format)
         codes, scale, zero = (t.to(device) for t in self.codes())
-        return QuantizedWeight.from_codes(codes, scale, zero, self.format)
+        absmax = self.scales.to(device) if isinstance(self.scales, CompactAbsmax) else None
+        return QuantizedWeight.from_codes(codes, scale, zero, self.format, absmax)
 
     @property
     def device(self) -> torch.device:
@@ -123,7 +275,7 @@ class QuantizedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes held: codes, scales, zero points and padding."""
-        return self.packed.nbytes + self.meta.nbytes
+        return self.packed.nbytes + self.scales.nbytes
 
     @property
     def bits(self) -> float:
@@ -134,6 +286,21 @@ class QuantizedWeight:
         return (
             f"QuantizedWeight({self.format}, shape={self.shape}, device={self.device}, nbytes={self.nbytes})"
         )
+
+
+def _joinable(weights: Sequence[QuantizedWeight], what: str) -> list[tuple[Tensor, ...]]:
+    """Codes, scales and zero points of weights that may be joined: three tuples."""
+    if not weights:
+        raise ValueError(f"{what}: no weights given")
+    first = weights[0]
+    for other in weights[1:]:
+        if (other.format, other.shape[1], other.device) != (first.format, first.shape[1], first.device):
+            raise ValueError(f"{what}: one format, K and device is needed, got {first} and {other}")
+    if first.format.double_quantized:
+        raise ValueError(
+            f"{what}: double-quantised scales can't be joined exactly; quantise the joined weight"
+        )
+    return list(zip(*(weight.codes() for weight in weights), strict=True))
 
 
 def quantize_to(weight: Tensor, format: WeightFormat) -> QuantizedWeight:
@@ -154,9 +321,22 @@ def quantize_to(weight: Tensor, format: WeightFormat) -> QuantizedWeight:
     largest = max(-low, high)
     if not largest < float("inf"):
         raise ValueError("weight: contains NaN or infinity")
-    if (high - min(low, 0.0)) / (2**format.bits - 1) > torch.finfo(
-        torch.float16
-    ).max or largest / 127 > 65504:
+    if _largest_scale(low, high, format) > torch.finfo(torch.float16).max:
         raise ValueError(f"weight: the largest magnitude {largest:.3g} needs a scale beyond fp16's range")
     group = format.group_columns(weight.shape[1])
-    return QuantizedWeight.from_codes(*ops.wquant_rtn(weight, format.bits, group, format.symmetric), format)
+    plain = ops.wquant_rtn(weight, format.bits, group, format.scheme)
+    absmax = None
+    if format.double_quantized:
+        absmax = CompactAbsmax.of(reference.in_groups(weight.float(), group).abs().amax(dim=2))
+    return QuantizedWeight.from_codes(*plain, format, absmax)
+
+
+def _largest_scale(low: float, high: float, format: WeightFormat) -> float:
+    """An upper bound of the scales of a weight whose values are in low…high."""
+    largest = max(-low, high)
+    if format.scheme.has_book:
+        return largest
+    top = (1 << format.bits) - 1
+    if format.scheme == Scheme.ASYMMETRIC:
+        return (max(high, 0.0) - min(low, 0.0)) / top
+    return largest / 127 if format.bits == 8 else 2 * largest / top

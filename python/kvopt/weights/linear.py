@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from kvopt import ops
-from kvopt.weights.formats import QuantizedWeight, WeightFormat
+from kvopt.weights.formats import CompactAbsmax, QuantizedWeight, WeightFormat
+from kvopt.weights.storage import from_stream, to_stream
 
 
 class QuantLinear(nn.Module):
     """``y = x @ w^T + bias`` with a packed weight; one fused kernel a call.
 
-    ``packed`` and ``meta`` are integer buffers, so a cast of the model leaves them alone; moving between device types
-    repacks. A state dict holds plain tensors that mean the same on every device: ``codes`` (uint8; two 4-bit codes a
-    byte, the even column in the low nibble), ``scale`` and ``zero`` (float16), and ``bias``.
+    Its buffers are integers (float ones as bit patterns), so a cast of the model leaves them alone; moving between
+    device types repacks. A state dict holds plain tensors that mean the same on every device: ``codes`` (uint8, see
+    ``storage.py``), ``scale`` and, if asymmetric, ``zero`` (float16); with double-quantised scales ``absmax`` (uint8),
+    ``absmax_scale`` and ``absmax_offset`` (float32) in place of ``scale``; and ``bias``.
 
     Args:
         weight: the quantised (out_features, in_features) weight.
@@ -27,15 +29,18 @@ class QuantLinear(nn.Module):
     """
 
     packed: Tensor
-    meta: Tensor
+    meta: Tensor | None
+    absmax_codes: Tensor | None
+    absmax_bits: Tensor | None  # offset, then scales: float32 bit patterns
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, source: str = "linear") -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.format: WeightFormat = weight.format
         self.source = source
-        self.register_buffer("packed", weight.packed, persistent=False)
-        self.register_buffer("meta", weight.meta, persistent=False)
+        for name in ("packed", "meta", "absmax_codes", "absmax_bits"):
+            self.register_buffer(name, None, persistent=False)
+        self._hold(weight)
         self.bias: nn.Parameter | None = None
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
@@ -47,27 +52,50 @@ class QuantLinear(nn.Module):
         bias: Tensor | None = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
+        meta = self.quantized_weight.meta if self.meta is None else self.meta
         return ops.qlinear(
-            x, self.packed, self.meta, bias, self.out_features, f.bits, self._group, f.symmetric
+            *(x, self.packed, meta, bias, self.out_features),
+            *(f.bits, self._group, f.scheme, f.activation_bits),
         )
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
         """The packed weight; shares its tensors with the module."""
-        return QuantizedWeight(self.packed, self.meta, (self.out_features, self.in_features), self.format)
+        scales: Tensor | CompactAbsmax
+        if self.meta is not None:
+            scales = self.meta
+        else:
+            assert self.absmax_codes is not None and self.absmax_bits is not None
+            values = self.absmax_bits.view(torch.float32)
+            scales = CompactAbsmax(self.absmax_codes, values[1:], values[0])
+        return QuantizedWeight(self.packed, scales, (self.out_features, self.in_features), self.format)
+
+    def _hold(self, weight: QuantizedWeight) -> None:
+        self.packed = weight.packed
+        if isinstance(weight.scales, CompactAbsmax):
+            absmax = weight.scales
+            self.absmax_codes = absmax.codes
+            self.absmax_bits = torch.cat([absmax.offset.reshape(1), absmax.scale]).view(torch.int32)
+        else:
+            self.meta = weight.scales
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         target = fn(self.packed.new_empty(0)).device
         if target.type != self.packed.device.type and "meta" not in (target.type, self.packed.device.type):
-            moved = self.quantized_weight.to(target)
-            self.packed, self.meta = moved.packed, moved.meta
+            self._hold(self.quantized_weight.to(target))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        codes, scale, zero = self.quantized_weight.codes()
-        destination[prefix + "codes"] = _to_nibbles(codes) if self.format.bits == 4 else codes
+        weight = self.quantized_weight
+        codes, scale, zero = weight.codes()
+        destination[prefix + "codes"] = to_stream(codes, self.format.bits)
+        if isinstance(weight.scales, CompactAbsmax):
+            destination[prefix + "absmax"] = weight.scales.codes
+            destination[prefix + "absmax_scale"] = weight.scales.scale.clone()
+            destination[prefix + "absmax_offset"] = weight.scales.offset.clone()
+            return
         destination[prefix + "scale"] = scale
         if not self.format.symmetric:
             destination[prefix + "zero"] = zero
@@ -82,7 +110,10 @@ class QuantLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        own = ["codes", "scale"] + ([] if self.format.symmetric else ["zero"])
+        if self.format.double_quantized:
+            own = ["codes", "absmax", "absmax_scale", "absmax_offset"]
+        else:
+            own = ["codes", "scale"] + ([] if self.format.symmetric else ["zero"])
         plain = {name: state_dict.pop(prefix + name) for name in own if prefix + name in state_dict}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -97,15 +128,21 @@ class QuantLinear(nn.Module):
             error_msgs.append(f"{prefix}codes: {error}")
 
     def _load_plain(self, plain: dict[str, Tensor]) -> None:
-        codes = _from_nibbles(plain["codes"], self.in_features) if self.format.bits == 4 else plain["codes"]
-        if tuple(codes.shape) != (self.out_features, self.in_features):
-            raise ValueError(
-                f"expected a weight of shape {(self.out_features, self.in_features)}, got {tuple(codes.shape)}"
-            )
-        zero = plain.get("zero", torch.full_like(plain["scale"], 2.0 ** (self.format.bits - 1)))
-        loaded = QuantizedWeight.from_codes(codes, plain["scale"], zero, self.format)
-        self.packed.copy_(loaded.packed)
-        self.meta.copy_(loaded.meta)
+        n, k = self.out_features, self.in_features
+        codes = from_stream(plain["codes"], k, self.format.bits)
+        if tuple(codes.shape) != (n, k):
+            raise ValueError(f"expected a weight of shape {(n, k)}, got {tuple(codes.shape)}")
+        absmax = None
+        if self.format.double_quantized:
+            absmax = CompactAbsmax(plain["absmax"], plain["absmax_scale"], plain["absmax_offset"])
+            expanded = QuantizedWeight(self.packed, absmax, (n, k), self.format)
+            scale = expanded.codes()[1]
+        else:
+            scale = plain["scale"]
+        zero = plain.get("zero", torch.zeros_like(scale))
+        loaded = QuantLinear(QuantizedWeight.from_codes(codes, scale, zero, self.format, absmax))
+        for name, buffer in self.named_buffers(recurse=False):
+            buffer.copy_(loaded.get_buffer(name))
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -133,23 +170,14 @@ class TiedEmbedding(nn.Module):
 
     def forward(self, indices: Tensor) -> Tensor:
         """Row numbers (...) to vectors (..., features)."""
-        head = self._head[0]
-        f = head.format
+        weight = self._head[0].quantized_weight
+        f = weight.format
         vectors = ops.wquant_rows(
-            *(head.packed, head.meta, indices.flatten(), head.in_features),
-            *(f.bits, f.group_columns(head.in_features), f.symmetric, self.dtype),
+            *(weight.packed, weight.meta, indices.flatten(), self.embedding_dim),
+            *(f.bits, f.group_columns(self.embedding_dim), f.scheme, self.dtype),
         )
         return vectors.view(*indices.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self._head[0].format}, tied"
-
-
-def _to_nibbles(codes: Tensor) -> Tensor:
-    even = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-    return even[:, 0::2] | (even[:, 1::2] << 4)
-
-
-def _from_nibbles(nibbles: Tensor, k: int) -> Tensor:
-    return torch.stack([nibbles & 15, nibbles >> 4], dim=2).view(nibbles.shape[0], -1)[:, :k].contiguous()

@@ -41,13 +41,44 @@ def quantize_weight(w: Tensor, recipe: str | Recipe, inputs: Tensor | None = Non
     return quantize_to(w, parsed.format)
 
 
-def qlinear(x: Tensor, qw: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """``x @ w^T + bias`` from the packed weight: x (..., K) to (..., N), in the dtype of ``x``.
+def qlinear(
+    x: Tensor,
+    qw: QuantizedWeight,
+    bias: Tensor | None = None,
+    *,
+    activation_bits: int | None = None,
+    input_scale: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
+    swiglu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act((x * input_scale) @ w^T + bias + low_rank) + residual`` from the packed weight, in one fused kernel.
+
+    Args:
+        x: (..., K) float32, float16 or bfloat16.
+        qw: the (N, K) weight.
+        bias: (N,), like every further tensor in the dtype of ``x``.
+        activation_bits: 16 or 8; default: what the weight's format says.
+        input_scale: (K,).
+        low_rank: a correction (..., rank) @ (N, rank)^T, as these two tensors.
+        swiglu: the weight is of :meth:`QuantizedWeight.interleave_swiglu`; gives ``silu(gate) * up``, (..., N / 2).
+        residual: of the shape of the result.
+
+    Returns:
+        (..., N), or (..., N / 2), in the dtype of ``x``. Differentiable in every tensor but the weight.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
     """
-    return qw.linear(x, bias)
+    return qw.linear(
+        x,
+        bias,
+        activation_bits=activation_bits,
+        input_scale=input_scale,
+        low_rank=low_rank,
+        swiglu=swiglu,
+        residual=residual,
+    )
 
 
 def quantize(

@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvopt.grammar import Part, reject_leftovers, split_choice, take_number, take_word, unknown
-from kvopt.weights.formats import GROUP_STEP, INT8, MAX_GROUP, MIN_GROUP, WeightFormat
+from kvopt.reference import Scheme
+from kvopt.weights.formats import BOOK_BLOCKS, GROUP_STEP, INT8, MAX_GROUP, MIN_GROUP, WeightFormat
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FORMATS = ("int8", "int4")
+FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4")
+DEFAULT_GROUPS = {"int4": 128, "int3": 64, "int2": 32}
 # Parts of the grammar that a later version builds; named so that they are not mistaken for typing errors.
-PLANNED = (
-    *("int8_dyn", "llm_int8", "int3", "int2", "nf4", "fp4", "gptq", "awq", "hqq", "clip", "smoothquant"),
-    *("a8", "lorc", "eora"),
-)
+PLANNED = ("llm_int8", "gptq", "awq", "hqq", "clip", "smoothquant", "lorc", "eora")
+A8 = "a8"
 HEAD = "head"
 
 
@@ -30,6 +30,7 @@ class Recipe:
         dtype: the plain type; nothing is quantised.
         format: the format of every linear but the head.
         head: the format of ``lm_head``; ``None`` leaves it as it is. A tied embedding shares it and is stored once.
+            ``+a8`` counts for both.
     """
 
     dtype: torch.dtype | None = None
@@ -41,10 +42,14 @@ class Recipe:
             raise ValueError("a recipe has either a dtype or a format")
         if self.head is not None and self.format is None:
             raise ValueError("a recipe without quantised linears has no quantised head")
+        if self.head is not None and self.format is not None:
+            kinds = {f.has_a8_part for f in (self.format, self.head) if f.scheme != Scheme.INT8_DYNAMIC}
+            if len(kinds) > 1:
+                raise ValueError("a recipe has +a8 for both the linears and the head, or for neither")
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
-        """Reads ``"bf16"``, ``"int8"``, ``"int4_g128"``, ``"int4_g64_sym+head_int8"`` …
+        """Reads ``"bf16"``, ``"int8"``, ``"int4_g128"``, ``"nf4_dq+a8"``, ``"int4_g64_sym+head_int8"`` …
 
         Raises:
             ValueError: names the part, what came, what is possible and the nearest match.
@@ -59,26 +64,40 @@ class Recipe:
             return cls(dtype=DTYPES[first.name])
         format = _format(first, text)
         head = None
+        seen: set[str] = set()
         for part in rest:
-            if part.name != HEAD:
-                raise _unknown_part(part, text, [HEAD])
-            if head is not None:
-                raise ValueError(f"recipe {text!r}: the part {HEAD!r} is given twice")
+            if part.name not in (A8, HEAD):
+                raise _unknown_part(part, text, [A8, HEAD])
+            if part.name in seen:
+                raise ValueError(f"recipe {text!r}: the part {part.name!r} is given twice")
+            seen.add(part.name)
+            if part.name == A8:
+                reject_leftovers(part.settings, A8, [], what="recipe", text=text)
+                continue
             inner = str(part).removeprefix(HEAD).removeprefix("_")
             if not inner:
                 raise ValueError(f"recipe {text!r}: {HEAD!r} needs a format, for instance {HEAD}_int8")
             head = _format(split_choice(inner, "recipe")[0], text)
+        if A8 in seen:
+            format = replace(format, activation_bits=8)
+            head = None if head is None else replace(head, activation_bits=8)
         return cls(format=format, head=head)
 
     def __str__(self) -> str:
         if self.dtype is not None:
             return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-        return str(self.format) + (f"+{HEAD}_{self.head}" if self.head else "")
+        formats = [f for f in (self.format, self.head) if f is not None]
+        parts = [formats[0].storage_name]
+        if any(f.has_a8_part for f in formats):
+            parts.append(A8)
+        if self.head is not None:
+            parts.append(f"{HEAD}_{self.head.storage_name}")
+        return "+".join(parts)
 
 
 def _unknown_part(part: Part, text: str, possible: list[str]) -> ValueError:
     base = str(part)
-    if part.name in PLANNED or base in PLANNED or part.name.rstrip("0123456789") in PLANNED:
+    if part.name in PLANNED or base.startswith("llm_int8"):
         return ValueError(
             f"recipe {text!r}: {base!r} is not available in this version; possible: {', '.join(possible)}"
         )
@@ -86,23 +105,40 @@ def _unknown_part(part: Part, text: str, possible: list[str]) -> ValueError:
 
 
 def _format(part: Part, text: str) -> WeightFormat:
-    """The format a part names: ``int8``, or ``int4`` with ``g16…g1024`` or ``gc``, and ``sym``."""
+    """The format that a part names."""
     if part.name not in FORMATS:
         raise _unknown_part(part, text, [*DTYPES, *FORMATS])
     settings = dict(part.settings)
     if part.name == "int8":
-        if "dyn" in settings:
-            raise _unknown_part(part, text, [*DTYPES, *FORMATS])
-        reject_leftovers(settings, "int8", [], what="recipe", text=text)
-        return INT8
+        dynamic = take_word(settings, "dyn", what="recipe", text=text)
+        reject_leftovers(settings, "int8", ["dyn"], what="recipe", text=text)
+        return WeightFormat(8, None, Scheme.INT8_DYNAMIC) if dynamic else INT8
+    return _book(part, settings, text) if part.name in ("nf4", "fp4") else _integer(part, settings, text)
+
+
+def _book(part: Part, settings: dict[str, int | bool], text: str) -> WeightFormat:
+    """``nf4`` or ``fp4`` with ``b64`` and ``dq``."""
+    block = take_number(settings, "b", 64, BOOK_BLOCKS[0], BOOK_BLOCKS[-1], what="recipe", text=text)
+    double = take_word(settings, "dq", what="recipe", text=text)
+    reject_leftovers(settings, part.name, ["b64", "dq"], what="recipe", text=text)
+    if block not in BOOK_BLOCKS:
+        possible = ", ".join(f"b{size}" for size in BOOK_BLOCKS)
+        raise ValueError(f"recipe {text!r}: the block size must be one of {possible}, got b{block}")
+    return WeightFormat(4, block, Scheme[part.name.upper()], double)
+
+
+def _integer(part: Part, settings: dict[str, int | bool], text: str) -> WeightFormat:
+    """``int4``, ``int3`` or ``int2`` with ``g16…g1024`` or ``gc``, and ``sym``."""
+    default = DEFAULT_GROUPS[part.name]
     per_row = take_word(settings, "gc", what="recipe", text=text)
     group = take_number(settings, "g", None, MIN_GROUP, MAX_GROUP, what="recipe", text=text)
     symmetric = take_word(settings, "sym", what="recipe", text=text)
-    reject_leftovers(settings, part.name, ["g128", "gc", "sym"], what="recipe", text=text)
+    reject_leftovers(settings, part.name, [f"g{default}", "gc", "sym"], what="recipe", text=text)
     if per_row and group is not None:
         raise ValueError(f"recipe {text!r}: give either g{group} or gc, not both")
     if group is not None and group % GROUP_STEP:
         raise ValueError(f"recipe {text!r}: the group size must be a multiple of {GROUP_STEP}, got g{group}")
     if group is None and not per_row:
-        group = 128
-    return WeightFormat(bits=4, group_size=group, symmetric=symmetric)
+        group = default
+    scheme = Scheme.SYMMETRIC if symmetric else Scheme.ASYMMETRIC
+    return WeightFormat(int(part.name[-1]), group, scheme)

@@ -1,8 +1,0 @@
-// SPDX-License-Identifier: Apache-2.0
-#include "cuda/device/qlinear_gemm.cuh"
-
-namespace kvopt::cuda {
-
-template int launch_gemm<__half, 4>(const QLinearProblem&, const Device&, cudaStream_t);
-
-}  // namespace kvopt::cuda

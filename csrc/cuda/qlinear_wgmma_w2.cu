@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warpgroup product for codes of 2 bits.
+#include "cuda/device/qlinear_wgmma_launch.cuh"
+
+namespace kvopt::cuda::wgmma {
+
+int launch_w2(const QLinearProblem& p, const HalfRows& x, const Device& device,
+              cudaStream_t stream) {
+  return launch_format<2, false>(p, x, device, stream);
+}
+
+}  // namespace kvopt::cuda::wgmma
