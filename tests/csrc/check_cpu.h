@@ -286,6 +286,7 @@ struct Problem {
     double of_result = 0;  // |y - exact| / |exact|
     double of_terms = 0;   // |y - exact| / | sqrt(sum (w x)^2) |
     double rounding = 0;   // the first, of the exact result rounded to the type
+    double absolute = 0, result = 0, terms = 0;  // |y - exact|, |exact|, | sqrt(sum (w x)^2) |
     bool finite = true;
   };
 
@@ -309,6 +310,9 @@ struct Problem {
     e.of_result = std::sqrt(error / (result + tiny));
     e.of_terms = std::sqrt(error / (terms + tiny));
     e.rounding = std::sqrt(rounding / (result + tiny));
+    e.absolute = std::sqrt(error);
+    e.result = std::sqrt(result);
+    e.terms = std::sqrt(terms);
     return e;
   }
 

@@ -32,15 +32,22 @@ void check_product(const Problem& problem, Isa isa) {
   check(y == problem.run(isa, true), "split ranges: " + problem.name(isa));
   const Problem::Errors e = problem.errors(y);
   const bool many = problem.m * problem.outputs >= 200 && problem.w.k >= 16;
-  const double error = many ? e.of_result : e.of_terms;
   // Both factors of swiglu carry the error of a product.
-  const double allowed =
-      (problem.parts.swiglu ? 2e-4 : 1e-4) + (problem.type == DType::kFloat32   ? 0.0
-                                              : many                            ? 1.02 * e.rounding
-                                              : problem.type == DType::kFloat16 ? 0x1p-10
-                                                                                : 0x1p-7);
-  check(e.finite && error <= allowed,
-        "error " + std::to_string(error * 1e6) + "e-6: " + problem.name(isa));
+  const double limit = problem.parts.swiglu ? 2e-4 : 1e-4;
+  if (many) {
+    const double allowed = limit + (problem.type == DType::kFloat32 ? 0.0 : 1.02 * e.rounding);
+    check(e.finite && e.of_result <= allowed,
+          "error " + std::to_string(e.of_result * 1e6) + "e-6: " + problem.name(isa));
+    return;
+  }
+  // A few elements: the limit is one of norms, a single element strays four times as far; the
+  // result is rounded once; where every weight is 0, what zero points cancel to remains.
+  const double unit = problem.type == DType::kFloat32   ? 0.0
+                      : problem.type == DType::kFloat16 ? 0x1p-11
+                                                        : 0x1p-8;
+  const double allowed = 4 * limit * e.terms + 1.02 * unit * e.result + 1e-6;
+  check(e.finite && e.absolute <= allowed,
+        "error " + std::to_string(e.absolute) + " of few: " + problem.name(isa));
 }
 
 constexpr int64_t kSomeM[] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,
@@ -149,7 +156,8 @@ void test_precision(Random& random, Isa isa) {
           }
           worst[kind] = std::max(worst[kind], problem.errors(problem.run(isa)).of_result);
         }
-        check(worst[kind] <= 1e-4,
+        // Under one dominating value rounding adds up to sqrt(64) / 2 / 32639 = 1.23e-4 at worst.
+        check(worst[kind] <= (kind == 1 || kind == 2 ? 1.25e-4 : 1e-4),
               std::string("precision, ") + kinds[kind] + ", " + name_of(with_group(format, group)));
       }
       std::printf("  %-6s %-14s error: normal %.1e, %s %.1e, each 16 %.1e, %s %.1e\n",
