@@ -23,7 +23,7 @@ from journal import Journal
 from kvopt import _library
 from kvopt.experiments import machine
 
-CASES = ("qlinear", "w8a8", "epilogue", "decode", "kv_cache")
+CASES = ("qlinear", "w8a8", "epilogue", "decode", "kv_cache", "quality")
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ function(kvopt_add_cpu_kernels target)
   set(amx ${vnni} -mamx-tile -mamx-int8 -mamx-bf16)
   set(folder "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cpu")
   add_library(${target} STATIC
+    ${folder}/gptq.cpp
     ${folder}/isa.cpp
     ${folder}/qlinear.cpp
     ${folder}/qlinear_layout.cpp
@@ -17,6 +18,7 @@ function(kvopt_add_cpu_kernels target)
     ${folder}/wquant.cpp
     ${folder}/wquant_rtn.cpp
     ${folder}/wquant_scales.cpp
+    ${folder}/wsearch.cpp
     ${folder}/qlinear_scalar.cpp)
   target_include_directories(${target} PUBLIC "${CMAKE_CURRENT_SOURCE_DIR}/csrc")
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
@@ -29,6 +31,10 @@ function(kvopt_add_cpu_kernels target)
     # Without fused multiply-add: these bits are those of a multiplication and an addition.
     target_sources(${target} PRIVATE ${folder}/wquant_scales_avx2.cpp)
     set_source_files_properties(${folder}/wquant_scales_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2;-mf16c")
+    target_sources(${target} PRIVATE ${folder}/wsearch_avx2.cpp ${folder}/wsearch_avx512.cpp)
+    set_source_files_properties(${folder}/wsearch_avx2.cpp PROPERTIES COMPILE_OPTIONS "-mavx2")
+    set_source_files_properties(${folder}/wsearch_avx512.cpp PROPERTIES
+                                COMPILE_OPTIONS "-mavx512f;-mavx512dq;-mprefer-vector-width=512;-ffp-contract=off")
     foreach(stem qlinear_amx_bf16 qlinear_amx_int8)
       target_sources(${target} PRIVATE ${folder}/${stem}.cpp)
       set_source_files_properties(${folder}/${stem}.cpp PROPERTIES COMPILE_OPTIONS "${amx}")

@@ -26,7 +26,7 @@ namespace {
 
 // The fewest rows of x for which tiles win, as measured on one core of a Sapphire Rapids class
 // processor with weights from memory.
-int64_t amx_rows(const QLinearParams& p) { return is_a8(p) ? 9 : 7; }
+int64_t amx_rows(const QLinearParams& p) { return is_a8(p) ? 9 : p.format.bits == 8 ? 13 : 8; }
 
 struct Path {
   const QLinearKernels* kernels;

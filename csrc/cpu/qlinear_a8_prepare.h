@@ -113,22 +113,6 @@ KVOPT_INLINE void store_bytes(uint8_t* target, const Ints* codes) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(target), bytes);
 }
 
-template <typename Vector>
-KVOPT_INLINE int32_t reduce(Ints v, Vector&& combine) {
-  alignas(64) int32_t lanes[kLanes];
-  store_ints(lanes, v);
-  int32_t total = lanes[0];
-  for (int lane = 1; lane < kLanes; ++lane) total = combine(total, lanes[lane]);
-  return total;
-}
-
-KVOPT_INLINE int32_t reduce_max(Ints v) {
-  return reduce(v, [](int32_t a, int32_t b) { return a > b ? a : b; });
-}
-KVOPT_INLINE int32_t reduce_add(Ints v) {
-  return reduce(v, [](int32_t a, int32_t b) { return a + b; });
-}
-
 template <DType kType>
 void prepare_row(const QLinearParams& p, const A8Layout& layout, int64_t index) {
   const Panel panel = panel_at(p, layout, panel_of_row(layout, index));
@@ -145,7 +129,7 @@ void prepare_row(const QLinearParams& p, const A8Layout& layout, int64_t index) 
       row.load(column, end - column, v);
       for (int i = 0; i < kVectors16; ++i) magnitudes = max_ints(magnitudes, magnitude_bits(v[i]));
     }
-    const int32_t bits = reduce_max(magnitudes);
+    const int32_t bits = largest_of(magnitudes);
     largest = bits > largest ? bits : largest;
     vanishing |= bits > 0 && bits < kTinyBits;
     float magnitude;
@@ -171,7 +155,7 @@ void prepare_row(const QLinearParams& p, const A8Layout& layout, int64_t index) 
           memcpy(target + quad * 4 * panel.width, bytes + quad * 4, 4);
         }
       }
-      const int32_t total = reduce_add(totals);
+      const int32_t total = sum_of(totals);
       const int64_t at = chunk * panel.width + slot;
       panel.scale[at] = scale;
       panel.start[at] = -layout.middle * total;

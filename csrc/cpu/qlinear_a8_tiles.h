@@ -8,9 +8,10 @@
 //     += scale[n][g] (mid - zero[n][g]) sum[m]             asymmetric only
 //
 // A stretch of the tile, up to 256 columns, becomes bytes in the first level of cache: 32 rows x 4
-// columns are 128 bytes, the shape of vpdpbusd. Where a code needs more than an instruction set can
-// multiply, it is two planes, I = 128 H + L: code books everywhere, eight bits without VNNI (where
-// vpmaddubsw adds two products in 16 bits: 2 * 127 * 127 still fits).
+// columns are 128 bytes, the shape of vpdpbusd; panels prefetch the next stretch meanwhile. Where a
+// code needs more than an instruction set can multiply, it is two planes, I = 128 H + L: code books
+// everywhere, eight bits without VNNI (where vpmaddubsw adds two products in 16 bits: 2 * 127 * 127
+// still fits).
 //
 //              2 vectors = 32 (AVX2: 16) rows of w
 //            +-----------+
@@ -159,6 +160,8 @@ struct Stretch {
   int64_t column;  // of the first chunk
   int64_t chunk;   // its index
   int64_t chunks;
+  const uint8_t* next;  // the bytes after it, packed: they are prefetched during the multiplication
+  int64_t next_step;    // bytes of them for each quad of each panel
   int32_t quads[kStretchChunks];
   alignas(64) float scale[kStretchChunks][kTileRows];
   alignas(64) float offset[kStretchChunks][kTileRows];
@@ -171,10 +174,8 @@ struct Cursor {
   int64_t column = 0;
 };
 
-KVOPT_INLINE void prefetch_ahead(const uint8_t* w, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(w + i), _MM_HINT_T0);
-  }
+KVOPT_INLINE void prefetch(const uint8_t* w) {
+  _mm_prefetch(reinterpret_cast<const char*>(w), _MM_HINT_T0);
 }
 
 template <int kBits, bool kBook, bool kAsymmetric>
@@ -198,7 +199,6 @@ void unpack_stretch(const QLinearParams& p, const A8Layout& layout, int64_t tile
       const int64_t unit = (cursor->column + c) / 16;
       const int64_t from = kBits == 3 ? unit / 2 * 384 : unit * kSize;
       if (from + kSize <= layout.tile_bytes) {
-        prefetch_ahead(w + from + kStretchColumns * kBits * 4, kBits * 64);
         unpack_unit<kBits, kBook>(w + from, unit, tables, out);
       } else {  // the tile ends inside the unit
         alignas(64) uint8_t edge[512] = {};
@@ -222,6 +222,7 @@ void unpack_stretch(const QLinearParams& p, const A8Layout& layout, int64_t tile
     ++cursor->chunk;
     if (cursor->column == end) ++cursor->group;
   }
+  stretch->next = w + cursor->column / 16 * (kBits == 3 ? 192 : kBits * 64);
 }
 
 // ---- multiplication -----------------------------------------------------------------------------
@@ -231,12 +232,13 @@ void unpack_stretch(const QLinearParams& p, const A8Layout& layout, int64_t tile
 enum class Mode { kSymmetric, kAsymmetric, kWhole };
 
 // sums (kRows, 32) += the panel's stretch of x times the stretch of w.
-template <int kRows, int kPlaneCount, Mode kMode>
+template <int kRows, int kPlaneCount, Mode kMode, bool kWideSteps>
 void multiply_panel(const Stretch& stretch, const Panel& panel, float* sums) {
   for (int part = 0; part < kTileVectors / 2; ++part) {
     const int64_t lane = static_cast<int64_t>(part) * 2 * kLanes;
     const uint8_t* x = panel.x + stretch.column * kRows;
     const uint8_t* w = stretch.weights + lane * 4;
+    const uint8_t* next = stretch.next;
     for (int64_t b = 0; b < stretch.chunks; ++b) {
       const int64_t at = (stretch.chunk + b) * kRows;
       const int32_t quads = stretch.quads[b];  // never 0
@@ -271,6 +273,11 @@ void multiply_panel(const Stretch& stretch, const Panel& panel, float* sums) {
           }
           from += kQuadBytes;
           quad_x += 4 * kRows;
+          if (plane == 0 && part == 0) {
+            prefetch(next);
+            if (kWideSteps) prefetch(next + 64);
+            next += stretch.next_step;
+          }
         } while (--quad > 0);
       }
       w += quads * kQuadBytes;
@@ -301,14 +308,14 @@ void multiply_panel(const Stretch& stretch, const Panel& panel, float* sums) {
 }
 
 // multiply_panel for a width known only now.
-template <int kRows, int kPlaneCount, Mode kMode>
+template <int kRows, int kPlaneCount, Mode kMode, bool kWideSteps>
 KVOPT_INLINE void multiply_panel_of(const Stretch& stretch, const Panel& panel, float* sums) {
   if constexpr (kRows > 1) {
     if (panel.width < kRows) {
-      return multiply_panel_of<kRows - 1, kPlaneCount, kMode>(stretch, panel, sums);
+      return multiply_panel_of<kRows - 1, kPlaneCount, kMode, kWideSteps>(stretch, panel, sums);
     }
   }
-  multiply_panel<kRows, kPlaneCount, kMode>(stretch, panel, sums);
+  multiply_panel<kRows, kPlaneCount, kMode, kWideSteps>(stretch, panel, sums);
 }
 
 // The integers of W8A8 become floats where they lie.
@@ -335,13 +342,18 @@ void multiply_batch(const QLinearParams& p, const A8Layout& layout, int64_t pane
   const Panel last = panel_at(p, layout, panel_end - 1);
   const int64_t rows = last.row + last.width - first_row;
   memset(sums, 0, static_cast<size_t>(rows * kTileRows) * sizeof(float));
+  // Every panel prefetches its share of the next stretch: at most two lines a quad.
+  constexpr int64_t kNextBytes = kBits == 3 ? 48 : kBits * 16;
+  const int64_t panels = panel_end - panel_begin;
+  stretch.next_step = (kNextBytes + panels - 1) / panels;
   Cursor cursor;
   while (cursor.column < p.k) {
     unpack_stretch<kBits, kBook, kMode == Mode::kAsymmetric>(p, layout, tile, tables, &cursor,
                                                              &stretch);
-    for (int64_t index = panel_begin; index < panel_end; ++index) {
+    const int64_t share = (cursor.column - stretch.column + 3) / 4 * stretch.next_step;
+    for (int64_t index = panel_begin; index < panel_end; ++index, stretch.next += share) {
       const Panel panel = panel_at(p, layout, index);
-      multiply_panel_of<kPanelRows, kPlanes<kBits, kBook>, kMode>(
+      multiply_panel_of<kPanelRows, kPlanes<kBits, kBook>, kMode, (kNextBytes > 64)>(
           stretch, panel, sums + (panel.row - first_row) * kTileRows);
     }
   }

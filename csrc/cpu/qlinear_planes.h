@@ -21,8 +21,9 @@
 //     I = 256 H + L + start                             (H, L: the sums of the planes)
 //
 // Vector instructions for 64 bytes of w and one row of x: 6 for 4 bits, 13 for 2, 12.3 for 3, 2 for
-// 8, and 7 to end a block; at two a cycle and 3.7 GHz at least 36 GB/s a core from cache (measured:
-// 70, 55, 44). So the memory rate is the bound, one contiguous stream.
+// 8, and 7 to end a block; at two a cycle and 3 GHz at least 25 GB/s a core from cache (measured:
+// 44, 26, 25). So the memory rate is the bound, one contiguous stream, of which 89 % (3 bits) to
+// 97 % arrive. Rows of x up to six keep all sums in registers; more take half a tile at a time.
 //
 // Overflow: |H| <= 64 * 255 * 128, and for unshifted halves 64 * 112 * 128: far inside 32 bits.
 #pragma once
@@ -108,13 +109,13 @@ KVOPT_INLINE Ints dot_quad(Ints sum, Ints w, const uint8_t* x) {
   return dot_bytes(sum, w, broadcast(x));
 }
 
-// One unit at `w` and its columns of x at `x`.
-template <int kRows, Codes kCodes>
+// One unit at `w` and its columns of x at `x`, for the half tiles [kFirst, kEnd).
+template <int kRows, Codes kCodes, int kFirst, int kEnd>
 KVOPT_INLINE void multiply_unit(const uint8_t* w, const uint8_t* x, PlaneSums<kRows>* sums) {
   constexpr int kPairs = plane_pairs(kCodes);
   constexpr int64_t kQuadBytes = 8 * kRows;  // four columns of all rows
 #pragma GCC unroll 2
-  for (int v = 0; v < 2; ++v) {
+  for (int v = kFirst; v < kEnd; ++v) {
     for (int64_t i = 0; i < plane_bytes(kCodes); i += kUnitBytes) prefetch_line(w + i + v * 64);
     Ints low[kPairs];
     Ints high[kPairs];
@@ -162,13 +163,20 @@ KVOPT_INLINE void multiply_planes(const uint8_t* w, const uint8_t* x, int64_t un
   if (kRows == 1 && units == kWhole) {
 #pragma GCC unroll 16
     for (int64_t unit = 0; unit < kWhole; ++unit) {
-      multiply_unit<kRows, kCodes>(w + unit * plane_bytes(kCodes), x + unit * kStep, &sums);
+      multiply_unit<kRows, kCodes, 0, 2>(w + unit * plane_bytes(kCodes), x + unit * kStep, &sums);
     }
-  } else {
+  } else if (kRows <= 6) {
     for (int64_t unit = 0; unit < units; ++unit) {
-      multiply_unit<kRows, kCodes>(w, x, &sums);
+      multiply_unit<kRows, kCodes, 0, 2>(w, x, &sums);
       w += plane_bytes(kCodes);
       x += kStep;
+    }
+  } else {  // more sums than registers: half a tile at a time
+    for (int64_t unit = 0; unit < units; ++unit) {
+      multiply_unit<kRows, kCodes, 0, 1>(w + unit * plane_bytes(kCodes), x + unit * kStep, &sums);
+    }
+    for (int64_t unit = 0; unit < units; ++unit) {
+      multiply_unit<kRows, kCodes, 1, 2>(w + unit * plane_bytes(kCodes), x + unit * kStep, &sums);
     }
   }
 #pragma GCC unroll 8
@@ -185,8 +193,8 @@ KVOPT_INLINE void multiply_planes(const uint8_t* w, const uint8_t* x, int64_t un
 }
 
 template <int kRows, Codes kCodes, bool kAsymmetric>
-void planes_tile(const QLinearParams& p, const QLinearLayout& layout, const Panel& panel,
-                 int64_t tile) {
+KVOPT_INLINE void planes_tile(const QLinearParams& p, const QLinearLayout& layout,
+                              const Panel& panel, int64_t tile) {
   constexpr int64_t kUnitColumns = plane_columns(kCodes);
   const Floats middle = set_floats(static_cast<float>(middle_of(kCodes)));
   const uint8_t* w = p.packed + tile * layout.tile_bytes;

@@ -8,8 +8,10 @@
 // With a code book, s is at least sum |x| / book_limit (qlinear_layout.h), and what is stored is
 // s / book_steps, the size of a unit of the products. x is multiplied by the input scale first.
 //
-// The sum for zero points is that of x, not of s X: what rounding adds up to would otherwise meet
-// the mean weight of a row, not just its deviations.
+// The sum for zero points is that of x, not of s X, and the roundings of a block are balanced:
+// those nearest to a tie turn round until sum X is within 1 of sum x / s. What rounding adds up to
+// would otherwise meet the mean weight of a row, which for a few bits is half of its norm, and not
+// just its deviations.
 //
 // The maximum is taken over the bits of |x| as integers, which order finite values, then infinity,
 // then NaN: one comparison finds every value that integers cannot carry. A block whose m is so
@@ -117,6 +119,54 @@ KVOPT_INLINE float sum_block(const Value& value_of) {
   return sums[0];
 }
 
+// The first of the largest of a block's values.
+KVOPT_INLINE int find_largest(const float* values) {
+  constexpr int kVectors = kBlockColumns / kLanes;
+  Floats most = load_floats(values);
+  for (int v = 1; v < kVectors; ++v) most = max_floats(most, load_floats(values + v * kLanes));
+  const float largest = largest_of(most);
+  for (int v = 0; v < kVectors; ++v) {
+    const uint32_t lanes = lanes_equal(load_floats(values + v * kLanes), largest);
+    if (lanes != 0) return v * kLanes + __builtin_ctz(lanes);
+  }
+  return 0;
+}
+
+// Rounds x / s to `codes`, balanced, and returns their sum. `sum`: of x. A code that turns round
+// has a residual of about 1 / 64 at least, so it is neither a zero past the columns nor the largest
+// of the block, whose residual is that of fp32: no code leaves its range.
+KVOPT_INLINE int32_t round_block(const Floats* x, float sum, float inverse, Ints* codes) {
+  constexpr int kVectors = kBlockColumns / kLanes;
+  alignas(64) float residual[kBlockColumns];
+  Ints totals = zero_ints();
+  const Floats factor = set_floats(inverse);
+  for (int v = 0; v < kVectors; ++v) {
+    codes[v] = round_to_ints(multiply(x[v], factor));
+    totals = add_ints(totals, codes[v]);
+  }
+  int32_t total = sum_of(totals);
+  // Fused here and below, so that every instruction set sees the same bits.
+  float rest = __builtin_fmaf(sum, inverse, -static_cast<float>(total));
+  if (rest > -1.0f && rest < 1.0f) return total;
+  const float step = rest > 0.0f ? 1.0f : -1.0f;
+  rest *= step;
+  alignas(64) int32_t rounded[kBlockColumns];
+  const Floats direction = set_floats(step);
+  for (int v = 0; v < kVectors; ++v) {
+    const Floats down = subtract(zero_floats(), to_floats(codes[v]));
+    store_floats(residual + v * kLanes, multiply(multiply_add(x[v], factor, down), direction));
+    store_ints(rounded + v * kLanes, codes[v]);
+  }
+  for (; rest >= 1.0f; rest -= 1.0f) {
+    const int column = find_largest(residual);
+    rounded[column] += static_cast<int32_t>(step);
+    total += static_cast<int32_t>(step);
+    residual[column] -= 1.0f;
+  }
+  for (int v = 0; v < kVectors; ++v) codes[v] = load_ints(rounded + v * kLanes);
+  return total;
+}
+
 // Where a block stands and what its numbers mean.
 struct Block {
   int64_t columns;
@@ -143,10 +193,7 @@ KVOPT_INLINE int32_t prepare_block(const void* source, const void* input_scale, 
   }
   Ints largest = zero_ints();
   for (int v = 0; v < kVectors; ++v) largest = max_ints(largest, magnitude_bits(x[v]));
-  alignas(64) int32_t lanes[kLanes];
-  store_ints(lanes, largest);
-  int32_t bits = lanes[0];
-  for (int lane = 1; lane < kLanes; ++lane) bits = lanes[lane] > bits ? lanes[lane] : bits;
+  const int32_t bits = largest_of(largest);
 
   float scale = 0.0f;
   float inverse = 0.0f;
@@ -166,20 +213,14 @@ KVOPT_INLINE int32_t prepare_block(const void* source, const void* input_scale, 
   } else {
     for (int v = 0; v < kVectors; ++v) x[v] = zero_floats();
   }
+  const float sum = sum_block([&](int v) { return x[v]; });
   Ints codes[kVectors];
-  Ints total = zero_ints();
-  for (int v = 0; v < kVectors; ++v) {
-    codes[v] = round_to_ints(multiply(x[v], set_floats(inverse)));
-    total = add_ints(total, codes[v]);
-  }
-  store_ints(lanes, total);
-  int32_t sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+  const int32_t total = round_block(x, sum, inverse, codes);
   store_codes<kPlanes>(codes, block.columns, block.column, block.padded_columns, block.slot, panel);
   const int64_t at = block.index * panel.width + block.slot;
   panel.scale[at] = scale;
-  panel.start[at] = -block.middle * sum;
-  panel.sum[at] = sum_block([&](int v) { return x[v]; });
+  panel.start[at] = -block.middle * total;
+  panel.sum[at] = sum;
   return bits;
 }
 

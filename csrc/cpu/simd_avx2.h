@@ -95,6 +95,29 @@ KVOPT_INLINE Floats absolute(Floats v) { return _mm256_andnot_ps(_mm256_set1_ps(
 KVOPT_INLINE Floats first_eights(Floats a, Floats) { return a; }
 KVOPT_INLINE Floats second_eights(Floats, Floats b) { return b; }
 
+KVOPT_INLINE int32_t sum_of(Ints v) {
+  __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(1, 0, 3, 2)));
+  sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, _MM_SHUFFLE(2, 3, 0, 1)));
+  return _mm_cvtsi128_si32(sum);
+}
+KVOPT_INLINE int32_t largest_of(Ints v) {
+  __m128i most = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, _MM_SHUFFLE(1, 0, 3, 2)));
+  most = _mm_max_epi32(most, _mm_shuffle_epi32(most, _MM_SHUFFLE(2, 3, 0, 1)));
+  return _mm_cvtsi128_si32(most);
+}
+KVOPT_INLINE float largest_of(Floats v) {
+  __m128 most = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+  most = _mm_max_ss(most, _mm_movehdup_ps(most));
+  return _mm_cvtss_f32(most);
+}
+// Bit i: lane i is `value`.
+KVOPT_INLINE uint32_t lanes_equal(Floats v, float value) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(v, set_floats(value), _CMP_EQ_OQ)));
+}
+
 // source[32 * lane]
 KVOPT_INLINE Floats load_stride_32(const float* source) {
   const __m256i at = _mm256_setr_epi32(0, 32, 64, 96, 128, 160, 192, 224);

@@ -124,6 +124,14 @@ KVOPT_INLINE Floats min_floats(Floats a, Floats b) { return _mm512_min_ps(a, b);
 KVOPT_INLINE Floats max_floats(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // NaN: b
 KVOPT_INLINE Floats absolute(Floats v) { return _mm512_abs_ps(v); }
 
+KVOPT_INLINE int32_t sum_of(Ints v) { return _mm512_reduce_add_epi32(v); }
+KVOPT_INLINE int32_t largest_of(Ints v) { return _mm512_reduce_max_epi32(v); }
+KVOPT_INLINE float largest_of(Floats v) { return _mm512_reduce_max_ps(v); }
+// Bit i: lane i is `value`.
+KVOPT_INLINE uint32_t lanes_equal(Floats v, float value) {
+  return _mm512_cmp_ps_mask(v, set_floats(value), _CMP_EQ_OQ);
+}
+
 // Of 32 values in two registers, eights 0 and 2, and eights 1 and 3.
 KVOPT_INLINE Floats first_eights(Floats a, Floats b) {
   return _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(1, 0, 1, 0));
@@ -224,8 +232,9 @@ KVOPT_INLINE Ints dot_bytes_at(Ints sum, Ints w, const uint8_t* x) {
 }
 
 // Loads once what is used twice: gcc folds a load into each use, and a line on its way from memory
-// is then asked for twice.
-KVOPT_INLINE void keep_in_register(Ints* v) { __asm__("" : "+v"(*v)); }
+// is then asked for twice. Volatile, because gcc's scheduler does not move prefetches across it: of
+// an unrolled block it would issue all at once, more than there are fill buffers.
+KVOPT_INLINE void keep_in_register(Ints* v) { __asm__ volatile("" : "+v"(*v)); }
 
 // 16 codes of consecutive columns as bytes, four of 256 h + l each: h h h h l l l l.
 KVOPT_INLINE void store_planes(void* target, Ints codes) {

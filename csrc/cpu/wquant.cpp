@@ -21,7 +21,6 @@
 #include <cstring>
 
 #include "cpu/float16.h"
-#include "cpu/huge_pages.h"
 
 namespace kvopt::cpu {
 namespace {
@@ -152,10 +151,6 @@ void pack_meta(const PackParams& p, int64_t row_begin, int64_t row_end, int64_t 
 void wquant_pack(const PackParams& p, int64_t row_begin, int64_t row_end) {
   static constexpr uint8_t kNoCodes[kChunk] = {};
   const int64_t padded_end = ceil_div(row_end, kRows) * kRows;
-  const int64_t tile_bytes = tile32::tile_bytes(p.format, p.k);
-  advise_huge_pages(p.packed, static_cast<size_t>(tile32::packed_bytes(p.format, p.n, p.k)),
-                    static_cast<size_t>(row_begin / kRows * tile_bytes),
-                    static_cast<size_t>(padded_end / kRows * tile_bytes));
   const PackColumns pack = pack_columns_of(p.format);
   for (int64_t first = row_begin; first < row_end; first += kRows) {
     for (int64_t column = 0; column < p.k; column += kChunk) {

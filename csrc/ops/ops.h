@@ -11,6 +11,7 @@ namespace kvopt::ops {
 
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 using Pair = std::tuple<Tensor, Tensor>;
+using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Tensor qlinear_cpu(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias, int64_t n,
                    int64_t bits, int64_t group_size, int64_t scheme, int64_t activation_bits,
@@ -25,6 +26,14 @@ Tensor wquant_dequantize_cpu(Tensor packed, Tensor meta, int64_t n, int64_t k, i
                              int64_t group_size, int64_t scheme, ScalarType dtype);
 Tensor wquant_expand_scales_cpu(Tensor absmax_codes, Tensor absmax_scale, Tensor offset, int64_t n,
                                 int64_t k, int64_t bits, int64_t group_size, int64_t scheme);
+Quadruple gptq_block_cpu(Tensor weight, Tensor factor, std::optional<Tensor> importance,
+                         std::optional<Tensor> scale, std::optional<Tensor> zero, int64_t begin,
+                         int64_t end, int64_t bits, int64_t group_size, int64_t scheme,
+                         int64_t steps, double smallest);
+Triple wsearch_cpu(Tensor weight, std::optional<Tensor> importance, int64_t bits,
+                   int64_t group_size, int64_t scheme, int64_t steps, double smallest);
+Triple wsearch_hqq_cpu(Tensor weight, int64_t bits, int64_t group_size, int64_t scheme,
+                       int64_t iterations, double beta, double kappa, double norm);
 
 Tensor qlinear_cuda(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias, int64_t n,
                     int64_t bits, int64_t group_size, int64_t scheme, int64_t activation_bits,
@@ -39,5 +48,13 @@ Tensor wquant_dequantize_cuda(Tensor packed, Tensor meta, int64_t n, int64_t k, 
                               int64_t group_size, int64_t scheme, ScalarType dtype);
 Tensor wquant_expand_scales_cuda(Tensor absmax_codes, Tensor absmax_scale, Tensor offset, int64_t n,
                                  int64_t k, int64_t bits, int64_t group_size, int64_t scheme);
+Quadruple gptq_block_cuda(Tensor weight, Tensor factor, std::optional<Tensor> importance,
+                          std::optional<Tensor> scale, std::optional<Tensor> zero, int64_t begin,
+                          int64_t end, int64_t bits, int64_t group_size, int64_t scheme,
+                          int64_t steps, double smallest);
+Triple wsearch_cuda(Tensor weight, std::optional<Tensor> importance, int64_t bits,
+                    int64_t group_size, int64_t scheme, int64_t steps, double smallest);
+Triple wsearch_hqq_cuda(Tensor weight, int64_t bits, int64_t group_size, int64_t scheme,
+                        int64_t iterations, double beta, double kappa, double norm);
 
 }  // namespace kvopt::ops

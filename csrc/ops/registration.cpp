@@ -32,6 +32,16 @@ STABLE_TORCH_LIBRARY(kvopt, m) {
   m.def(
       "wquant_expand_scales(Tensor absmax_codes, Tensor absmax_scale, Tensor offset, int n, int k, "
       "int bits, int group_size, int scheme) -> Tensor");
+  m.def(
+      "wsearch(Tensor weight, Tensor? importance, int bits, int group_size, int scheme, int steps, "
+      "float smallest) -> (Tensor codes, Tensor scale, Tensor zero)");
+  m.def(
+      "wsearch_hqq(Tensor weight, int bits, int group_size, int scheme, int iterations, float "
+      "beta, float kappa, float norm) -> (Tensor codes, Tensor scale, Tensor zero)");
+  m.def(
+      "gptq_block(Tensor weight, Tensor factor, Tensor? importance, Tensor? scale, Tensor? zero, "
+      "int begin, int end, int bits, int group_size, int scheme, int steps, float smallest) -> "
+      "(Tensor codes, Tensor errors, Tensor scale, Tensor zero)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvopt, CPU, m) {
@@ -41,6 +51,9 @@ STABLE_TORCH_LIBRARY_IMPL(kvopt, CPU, m) {
   m.impl("wquant_unpack", TORCH_BOX(&wquant_unpack_cpu));
   m.impl("wquant_dequantize", TORCH_BOX(&wquant_dequantize_cpu));
   m.impl("wquant_expand_scales", TORCH_BOX(&wquant_expand_scales_cpu));
+  m.impl("wsearch", TORCH_BOX(&wsearch_cpu));
+  m.impl("wsearch_hqq", TORCH_BOX(&wsearch_hqq_cpu));
+  m.impl("gptq_block", TORCH_BOX(&gptq_block_cpu));
 }
 
 #ifdef KVOPT_WITH_CUDA
@@ -51,6 +64,9 @@ STABLE_TORCH_LIBRARY_IMPL(kvopt, CUDA, m) {
   m.impl("wquant_unpack", TORCH_BOX(&wquant_unpack_cuda));
   m.impl("wquant_dequantize", TORCH_BOX(&wquant_dequantize_cuda));
   m.impl("wquant_expand_scales", TORCH_BOX(&wquant_expand_scales_cuda));
+  m.impl("wsearch", TORCH_BOX(&wsearch_cuda));
+  m.impl("wsearch_hqq", TORCH_BOX(&wsearch_hqq_cuda));
+  m.impl("gptq_block", TORCH_BOX(&gptq_block_cuda));
 }
 #endif
 

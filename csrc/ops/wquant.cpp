@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/wquant.h"
 
+#include "cpu/weight_memory.h"
 #include "cpu/wquant_scales.h"
 #include "ops/wquant_common.h"
 
@@ -19,6 +20,19 @@ void over_row_tiles(int64_t n, int64_t k, const Work& work) {
   });
 }
 
+// A tensor of the weight's own memory; small ones lie where any tensor does.
+Tensor empty_weight(const Tensor& like, int64_t count, ScalarType dtype) {
+  constexpr int64_t kSmallBytes = 64 << 10;
+  const int64_t bytes = count * (dtype == ScalarType::Byte ? 1 : 2);
+  void* data = bytes < kSmallBytes
+                   ? nullptr
+                   : cpu::WeightMemory::instance().allocate(static_cast<size_t>(bytes));
+  if (data == nullptr) return torch::stable::new_empty(like, {count}, dtype);
+  return torch::stable::from_blob(data, {count}, {1}, like.device(), dtype, [bytes](void* piece) {
+    cpu::WeightMemory::instance().release(piece, static_cast<size_t>(bytes));
+  });
+}
+
 }  // namespace
 
 Triple wquant_rtn_cpu(Tensor weight, int64_t bits, int64_t group_size, int64_t scheme) {
@@ -30,7 +44,7 @@ Triple wquant_rtn_cpu(Tensor weight, int64_t bits, int64_t group_size, int64_t s
 
 Pair wquant_pack_cpu(Tensor codes, Tensor scale, Tensor zero, int64_t bits, int64_t group_size,
                      int64_t scheme) {
-  PackCall c = make_pack(codes, scale, zero, bits, group_size, scheme, kTile32);
+  PackCall c = make_pack(codes, scale, zero, bits, group_size, scheme, kTile32, empty_weight);
   over_row_tiles(c.params.n, c.params.k,
                  [&](int64_t begin, int64_t end) { cpu::wquant_pack(c.params, begin, end); });
   return {c.packed, c.meta};

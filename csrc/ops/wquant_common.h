@@ -60,8 +60,15 @@ inline PackParams pack_params(const PackCall& c, int64_t n, int64_t k, const Qua
           static_cast<uint16_t*>(c.meta.mutable_data_ptr())};
 }
 
+using EmptyWeight = Tensor (*)(const Tensor& like, int64_t count, ScalarType dtype);
+
+inline Tensor empty_tensor(const Tensor& like, int64_t count, ScalarType dtype) {
+  return torch::stable::new_empty(like, {count}, dtype);
+}
+
 inline PackCall make_pack(const Tensor& codes, const Tensor& scale, const Tensor& zero,
-                          int64_t bits, int64_t group_size, int64_t scheme, const Layout& layout) {
+                          int64_t bits, int64_t group_size, int64_t scheme, const Layout& layout,
+                          EmptyWeight empty = empty_tensor) {
   const char* op = "wquant_pack";
   STD_TORCH_CHECK(codes.dim() == 2, op, ": codes must be 2-dimensional (N, K), got ", codes.dim(),
                   " dimensions");
@@ -75,10 +82,8 @@ inline PackCall make_pack(const Tensor& codes, const Tensor& scale, const Tensor
   check_shape(zero, {n, groups}, op, "zero");
   check_same_device(scale, codes, op, "scale");
   check_same_device(zero, codes, op, "zero");
-  Tensor packed =
-      torch::stable::new_empty(codes, {layout.packed_bytes(format, n, k)}, ScalarType::Byte);
-  Tensor meta =
-      torch::stable::new_empty(codes, {layout.meta_count(format, n, k)}, ScalarType::Short);
+  Tensor packed = empty(codes, layout.packed_bytes(format, n, k), ScalarType::Byte);
+  Tensor meta = empty(codes, layout.meta_count(format, n, k), ScalarType::Short);
   PackCall c{codes, scale, zero, packed, meta, {}};
   c.params = pack_params(c, n, k, format);
   return c;

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvopt._version import __version__
+from kvopt.models.registration import watch as _watch_for_transformers
 
 if TYPE_CHECKING:
     from kvopt._library import FallbackWarning, build_info
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         quantize,
         quantize_weight,
     )
+    from kvopt.weights.checkpoint import load_quantized, save_quantized
 
 # Where each public name lives. Names are imported when first used, so that `kvopt --help` does not wait for torch.
 _HOME = {
@@ -44,11 +46,13 @@ _HOME = {
     "compress": "kvopt.cache",
     "dequantize": "kvopt.weights",
     "load": "kvopt.models.load",
+    "load_quantized": "kvopt.weights.checkpoint",
     "model_nbytes": "kvopt.models.memory",
     "qlinear": "kvopt.weights",
     "quantize": "kvopt.weights",
     "quantize_weight": "kvopt.weights",
     "register_policy": "kvopt.cache",
+    "save_quantized": "kvopt.weights.checkpoint",
 }
 _SUBMODULES = ("assets", "cache", "eval", "experiments", "models", "ops", "reference", "weights")
 
@@ -66,12 +70,16 @@ __all__ = [
     "compress",
     "dequantize",
     "load",
+    "load_quantized",
     "model_nbytes",
     "qlinear",
     "quantize",
     "quantize_weight",
     "register_policy",
+    "save_quantized",
 ]
+
+_watch_for_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -142,10 +142,7 @@ def _register() -> None:
 
     @fake("kvopt::wquant_rtn")
     def _(weight: Tensor, bits: int, group_size: int, scheme: int) -> tuple[Tensor, Tensor, Tensor]:
-        n, k = weight.shape
-        groups = reference.group_count(k, group_size)
-        half = functools.partial(weight.new_empty, (n, groups), dtype=torch.float16)
-        return weight.new_empty((n, k), dtype=torch.uint8), half(), half()
+        return _plain_like(weight, group_size)
 
     @fake("kvopt::wquant_pack")
     def _(
@@ -194,7 +191,59 @@ def _register() -> None:
         count = reference.meta_count(n, reference.group_count(k, group_size), scheme, layout)
         return absmax_codes.new_empty(count, dtype=torch.int16)
 
+    @fake("kvopt::wsearch")
+    def _(
+        weight: Tensor,
+        importance: Tensor | None,
+        bits: int,
+        group_size: int,
+        scheme: int,
+        steps: int,
+        smallest: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _plain_like(weight, group_size)
+
+    @fake("kvopt::wsearch_hqq")
+    def _(
+        weight: Tensor,
+        bits: int,
+        group_size: int,
+        scheme: int,
+        iterations: int,
+        beta: float,
+        kappa: float,
+        norm: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _plain_like(weight, group_size)
+
+    @fake("kvopt::gptq_block")
+    def _(
+        weight: Tensor,
+        factor: Tensor,
+        importance: Tensor | None,
+        scale: Tensor | None,
+        zero: Tensor | None,
+        begin: int,
+        end: int,
+        bits: int,
+        group_size: int,
+        scheme: int,
+        steps: int,
+        smallest: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        n, size = weight.shape[0], end - begin
+        groups = 0 if scale is not None else reference.group_count(size, group_size)
+        half = functools.partial(weight.new_empty, (n, groups), dtype=torch.float16)
+        return weight.new_empty((n, size), dtype=torch.uint8), weight.new_empty((n, size)), half(), half()
+
     torch.library.register_autograd("kvopt::qlinear", _qlinear_backward, setup_context=_qlinear_remember)
+
+
+def _plain_like(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty codes, scale and zero for a weight (N, K)."""
+    n, k = weight.shape
+    half = functools.partial(weight.new_empty, (n, reference.group_count(k, group_size)), dtype=torch.float16)
+    return weight.new_empty((n, k), dtype=torch.uint8), half(), half()
 
 
 def _qlinear_remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

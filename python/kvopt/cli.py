@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``kvopt run | eval | generate | bench | doctor``.
+"""The command line: ``kvopt run | quantize | eval | generate | bench | doctor``.
 
 Exit codes: 0 done, 1 it ran and something failed, 2 bad usage or input. Results go to stdout, all else to stderr.
 Heavy imports wait until a command needs them: ``kvopt --help`` answers at once.
@@ -63,6 +63,31 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 … (default %(default)s)")
     run.add_argument("--seed", type=int, default=0)
+
+    quantize = _command(commands, "quantize", _quantize, "quantise a model into a folder, with a report")
+    quantize.add_argument("model", help="embedded name, folder or hub id")
+    quantize.add_argument("recipe", help="for instance gptq_4bit_g128")
+    quantize.add_argument("out", help="the folder to write, absent or empty")
+    quantize.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="UTF-8 text that the model's inputs look like; GPTQ, AWQ, clip need it",
+    )
+    quantize.add_argument(
+        "--windows", type=_positive, metavar="N", help="at most N windows of it (default 128 of 2048 tokens)"
+    )
+    quantize.add_argument("--window", type=_positive, metavar="TOKENS", help="tokens per window")
+    quantize.add_argument(
+        "--format", default="kvopt", help="kvopt, gptq, awq, compressed-tensors, bnb (default %(default)s)"
+    )
+    quantize.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="keeps finished layers there; the same command again goes on behind them",
+    )
+    quantize.add_argument("--seed", type=int, default=0)
+    quantize.add_argument("--device", default="auto", help="where layers are quantised (default %(default)s)")
+    quantize.add_argument("--dtype", default="auto", help="auto, fp32, bf16, fp16 (default %(default)s)")
 
     measure = _command(commands, "eval", _eval, "perplexity or recall of one model on a file")
     measure.add_argument("task", choices=("perplexity", "recall"))
@@ -181,6 +206,49 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{len(outcome.failures)} measurements failed, see above and the notes of the records", FAILED
         )
     return FAILED if outcome.failures else DONE
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    _hush()
+    import kvopt
+    from kvopt.eval import read_documents, windows_of
+    from kvopt.models.load import as_device
+    from kvopt.weights.checkpoint.formats import codec_named
+    from kvopt.weights.parts import write_whole
+
+    out = Path(arguments.out)
+    with _input():
+        recipe = kvopt.Recipe.parse(arguments.recipe)
+        if recipe.format is None:
+            raise ValueError(f"recipe {str(recipe)!r} quantises nothing")
+        codec_named(arguments.format)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"out: {out} is there and not empty")
+        device = as_device(arguments.device)
+        texts: Any = None if arguments.calibration is None else read_documents(arguments.calibration)
+        model, tokenizer = kvopt.load(arguments.model, device="cpu", dtype=arguments.dtype)
+        if texts is not None and (arguments.windows or arguments.window):
+            texts = windows_of(texts, tokenizer, arguments.window or 2048, arguments.windows or 128)
+        report = kvopt.quantize(
+            model,
+            recipe,
+            texts,
+            tokenizer,
+            progress=not arguments.quiet,
+            seed=arguments.seed,
+            device=device,
+            resume=arguments.resume,
+        )
+    with _input():
+        kvopt.save_quantized(model, out, arguments.format, tokenizer)
+    write_whole(out / "quantization_report.json", report.to_json().encode())
+    if arguments.json:
+        print(report.to_json(), end="")
+    else:
+        print(report)
+    return DONE
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvopt import _library, reference
+from kvopt import _library, reference, reference_solvers
 
 if TYPE_CHECKING:
     from kvopt.weights.formats import WeightFormat
@@ -67,7 +67,12 @@ def qlinear(
         *(input_scale, low_rank_x, low_rank_w, swiglu, residual),
     )
     if x.device.type in _library.compiled:
-        result: Tensor = torch.ops.kvopt.qlinear(*arguments)
+        result: Tensor
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            result = torch.ops.kvopt.qlinear(*arguments)
+        else:  # past the autograd layer, which is written in Python and takes longer than a small product
+            with torch._C._AutoDispatchBelowAutograd():
+                result = torch.ops.kvopt.qlinear(*arguments)
         return result
     _library.announce_fallback(x.device.type)
     return reference.qlinear(*arguments)
@@ -172,6 +177,113 @@ def wquant_rows(
     A gather of a few rows, for which torch's indexing is the kernel on every device.
     """
     return reference.wquant_rows(packed, meta, rows, k, bits, group_size, scheme, dtype)
+
+
+def wsearch(
+    weight: Tensor,
+    importance: Tensor | None,
+    bits: int,
+    group_size: int,
+    scheme: int,
+    steps: int,
+    smallest: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scale and zero as :func:`wquant_rtn` gives them, each group's range chosen by its squared error.
+
+    The candidates and the choice stand in ``csrc/common/wsearch.h``; CPU and CUDA agree bit for bit.
+
+    Args:
+        weight: (N, K) float32 or float64, finite.
+        importance: (K,) of the same type: what a column's squared error counts; or None.
+        bits: 2, 3, 4 or 8.
+        group_size: columns per group.
+        scheme: an integer one.
+        steps: how many smaller ranges are tried, 0 to 100.
+        smallest: the smallest range, as a share of the full one.
+    """
+    if weight.device.type in _library.compiled:
+        codes, scale, zero = torch.ops.kvopt.wsearch(
+            weight, importance, bits, group_size, int(scheme), steps, smallest
+        )
+        return codes, scale, zero
+    _library.announce_fallback(weight.device.type)
+    return reference_solvers.wsearch(weight, importance, bits, group_size, scheme, steps, smallest)
+
+
+def wsearch_hqq(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    scheme: int,
+    iterations: int,
+    beta: float,
+    kappa: float,
+    norm: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Half-quadratic quantisation: codes, scale and a fractional zero point per group; ``csrc/common/wsearch.h``.
+
+    Args:
+        weight: (N, K) float32, finite.
+        bits: 2, 3, 4 or 8.
+        group_size: columns per group.
+        scheme: asymmetric.
+        iterations: at most so many.
+        beta: of the shrinkage, times ``kappa`` after each iteration.
+        kappa: see ``beta``.
+        norm: the exponent of the error's norm, in (0, 1].
+    """
+    arguments = (weight, bits, group_size, int(scheme), iterations, beta, kappa, norm)
+    if weight.device.type in _library.compiled:
+        codes, scale, zero = torch.ops.kvopt.wsearch_hqq(*arguments)
+        return codes, scale, zero
+    _library.announce_fallback(weight.device.type)
+    return reference_solvers.wsearch_hqq(*arguments)
+
+
+def gptq_block(
+    weight: Tensor,
+    factor: Tensor,
+    importance: Tensor | None,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    begin: int,
+    end: int,
+    bits: int,
+    group_size: int,
+    scheme: int,
+    steps: int,
+    smallest: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantises the columns ``begin`` to ``end`` of GPTQ's working copy; ``csrc/common/gptq.h``.
+
+    Args:
+        weight: (N, K) float32 or float64, the working copy in the order of processing; it is not changed.
+        factor: (K, K) of the same type, U with H^-1 = U^T U.
+        importance: (K,) of the same type, as :func:`wsearch` takes it, for groups that begin here; or None.
+        scale: (N, end - begin) float16, each column's; or None: groups begin here and choose theirs.
+        zero: likewise.
+        begin: the first column.
+        end: behind the last one; at most 128 columns, whole groups or (part of) one.
+        bits: 2, 3, 4 or 8.
+        group_size: columns per group.
+        scheme: an integer one.
+        steps: of the search; 0 rounds to nearest.
+        smallest: of the search.
+
+    Returns:
+        codes (N, end - begin) uint8; errors, likewise and in the type of ``weight``, for
+        ``weight[:, end:] -= errors @ factor[begin:end, end:]``; scale and zero (N, groups) float16 of the groups that
+        begin here, none where they were given.
+    """
+    arguments = (
+        *(weight, factor, importance, scale, zero, begin, end),
+        *(bits, group_size, int(scheme), steps, smallest),
+    )
+    if weight.device.type in _library.compiled:
+        codes, errors, scale_out, zero_out = torch.ops.kvopt.gptq_block(*arguments)
+        return codes, errors, scale_out, zero_out
+    _library.announce_fallback(weight.device.type)
+    return reference_solvers.gptq_block(*arguments)
 
 
 _DTYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

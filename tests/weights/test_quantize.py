@@ -90,6 +90,7 @@ def test_report_errors_are_measured():
         assert layer.bits == pytest.approx(8 * layer.nbytes / weights[layer.name].numel())
     frame = report.to_frame()
     columns = ["name", "format", "bits", "nbytes", "weight_error", "output_error", "note", "seconds"]
+    columns += ["method", "held_out_error", "rtn_held_out_error", "damping"]
     assert list(frame.columns) == columns
     assert len(frame) == len(report.layers)
 

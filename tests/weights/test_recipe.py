@@ -41,6 +41,17 @@ from kvopt.weights.formats import INT8, WeightFormat
         ("int8_dyn+a8+head_int4", "int8_dyn+a8+head_int4_g128"),
         ("int4+a8+head_int8_dyn", "int4_g128+a8+head_int8_dyn"),
         ("int4_g128+head_nf4_dq", "int4_g128+head_nf4_dq"),
+        ("gptq_4bit", "gptq_4bit_g128"),
+        ("gptq_g128_4bit", "gptq_4bit_g128"),
+        ("gptq_3bit_sym_g64", "gptq_3bit_g64_sym"),
+        ("gptq_3bit", "gptq_3bit_g64"),
+        ("gptq_8bit_gc_sym", "gptq_8bit_gc_sym"),
+        ("awq_4bit_gc", "awq_4bit_gc"),
+        ("clip_2bit", "clip_2bit_g32"),
+        ("hqq_4bit_g64", "hqq_4bit_g64"),
+        ("gptq_4bit_g128+a8", "gptq_4bit_g128+a8"),
+        ("awq_3bit_g64+head_int8", "awq_3bit_g64+head_int8"),
+        ("gptq_4bit_g128+head_nf4_dq+a8", "gptq_4bit_g128+a8+head_nf4_dq"),
     ],
 )
 def test_parse_and_str_are_inverse_and_canonical(text, canonical):
@@ -63,6 +74,17 @@ def test_meaning():
         ("nf4_dq+a8", WeightFormat(4, 64, Scheme.NF4, double_quantized=True, activation_bits=8)),
     ]:
         assert kvopt.Recipe.parse(text).format == format
+    for text, method, format in [
+        ("int4", "rtn", WeightFormat(4, 128, Scheme.ASYMMETRIC)),
+        ("gptq_4bit_g64_sym", "gptq", WeightFormat(4, 64, Scheme.SYMMETRIC)),
+        ("awq_4bit_gc", "awq", WeightFormat(4, None, Scheme.ASYMMETRIC)),
+        ("hqq_3bit", "hqq", WeightFormat(3, 64, Scheme.ASYMMETRIC)),
+        ("clip_8bit", "clip", WeightFormat(8, 128, Scheme.ASYMMETRIC)),
+        ("gptq_2bit+a8", "gptq", WeightFormat(2, 32, Scheme.ASYMMETRIC, activation_bits=8)),
+    ]:
+        recipe = kvopt.Recipe.parse(text)
+        assert (recipe.method, recipe.format) == (method, format)
+    assert kvopt.Recipe.parse("gptq_4bit+head_int8").head == INT8
     both = kvopt.Recipe.parse("int4+a8+head_int8")
     assert both.format.activation_bits == both.head.activation_bits == 8
     assert kvopt.Recipe.parse("int8_dyn").format.activation_bits == 8
@@ -99,6 +121,15 @@ def test_a8_counts_for_linears_and_head():
         kvopt.Recipe(format=a8, head=plain)
 
 
+def test_methods_take_integer_formats():
+    with pytest.raises(ValueError, match="gptq: the format must be asymmetric or symmetric, got nf4"):
+        kvopt.Recipe(format=WeightFormat(4, 64, Scheme.NF4), method="gptq")
+    with pytest.raises(ValueError, match="hqq: the format must be asymmetric, got int4_g64_sym"):
+        kvopt.Recipe(format=WeightFormat(4, 64, Scheme.SYMMETRIC), method="hqq")
+    with pytest.raises(ValueError, match="method must be one of rtn, gptq"):
+        kvopt.Recipe(format=WeightFormat(4, 64, Scheme.SYMMETRIC), method="gptk")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -113,12 +144,20 @@ def test_a8_counts_for_linears_and_head():
         ("int8_g64", ["'g'"]),
         ("bf16+head_int8", ["bf16", "no further part"]),
         ("int4+head", ["head", "format"]),
-        ("gptq_4bit_g128", ["not available in this version"]),
+        ("gptq_5bit_g128", ["'gptq'", "2bit", "4bit", "8bit"]),
+        ("gptq", ["'gptq'", "4bit"]),
+        ("gptq_4bit_3bit", ["'gptq'", "one of 2bit"]),
+        ("gptq_4bit_g100", ["multiple of 16", "g100"]),
+        ("gptq_4bit_g2048", ["g2048", "1024"]),
+        ("awq_4bit_g64_gc", ["either"]),
+        ("clip_4bit_h64", ["'h'", "g128"]),
+        ("hqq_4bit_g64_sym", ["'hqq'", "'sym'"]),
+        ("gptk_4bit_g128", ["gptk", "gptq", "did you mean"]),
+        ("int4+head_gptq_4bit", ["the head is rounded", "gptq"]),
         ("int4_g128+lorc_r32", ["not available in this version"]),
         ("llm_int8", ["'llm_int8'", "not available in this version"]),
         ("llm_int8_t60", ["not available in this version"]),
         ("smoothquant_w8a8", ["not available in this version"]),
-        ("hqq_4bit_g64", ["not available in this version"]),
         ("int3_g2048", ["g2048", "1024"]),
         ("int8_dim", ["'dim'", "dyn"]),
         ("nf4_b48", ["b48", "b64", "b4096"]),

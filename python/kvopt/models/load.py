@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvopt import assets
+from kvopt.weights.checkpoint import load_quantized
+from kvopt.weights.checkpoint.files import read_json
 from kvopt.weights.model import RecipeLike, quantize
 from kvopt.weights.recipe import DTYPES, Recipe
 
@@ -30,7 +32,7 @@ def load(
 
     Args:
         name: an embedded model (``"llama-6m"``), a folder in Hugging Face format, or a hub id. Weights are read from
-            safetensors only.
+            safetensors only. A quantised folder is loaded as :func:`kvopt.load_quantized` does it.
         recipe: as :func:`kvopt.quantize` takes it; ``None`` loads the model as it is. Quantising goes linear by linear,
             so that the device never holds the full-precision model.
         device: ``"auto"`` is the first GPU, else the CPU.
@@ -50,12 +52,16 @@ def load(
     if recipe is not None and isinstance(recipe, str | Recipe):
         recipe = Recipe.parse(recipe)
     source = find_model(name)
-    target = _device(device)
+    target = as_device(device)
     if isinstance(recipe, Recipe) and recipe.dtype is not None:
-        if dtype != "auto" and _dtype(dtype) != recipe.dtype:
+        if dtype != "auto" and as_dtype(dtype) != recipe.dtype:
             raise ValueError(f"dtype: {dtype} contradicts the recipe {recipe}")
         dtype, recipe = recipe.dtype, None
-    wanted: Any = _dtype(dtype)
+    wanted: Any = as_dtype(dtype)
+    if isinstance(source, Path) and is_quantized(source):
+        if recipe is not None:
+            raise ValueError(f"model {str(name)!r}: is quantised already; leave out the recipe {recipe}")
+        return load_quantized(source, target, wanted), AutoTokenizer.from_pretrained(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, use_safetensors=True)
@@ -69,13 +75,7 @@ def load(
             f"had from the hub: {str(error).splitlines()[0]}"
         ) from error
 
-    if wanted == "auto" and model.dtype == torch.bfloat16 and not native_bfloat16(target):
-        warnings.warn(
-            f"{torch.cuda.get_device_name(target)} has no native bfloat16: the checkpoint is loaded as float16",
-            DtypeWarning,
-            stacklevel=2,
-        )
-        model.to(torch.float16)
+    lower_bfloat16(model, wanted, target)
     if recipe is not None:
         quantize(model, recipe, progress=progress, device=target)
     return model.to(target).eval(), tokenizer
@@ -123,7 +123,24 @@ def native_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def _device(device: torch.device | str) -> torch.device:
+def lower_bfloat16(model: Any, wanted: torch.dtype | str, target: torch.device) -> None:
+    """Under ``"auto"``, makes a bfloat16 model float16 for a device without native bfloat16, and says so."""
+    if wanted == "auto" and model.dtype == torch.bfloat16 and not native_bfloat16(target):
+        warnings.warn(
+            f"{torch.cuda.get_device_name(target)} has no native bfloat16: the checkpoint is loaded as float16",
+            DtypeWarning,
+            stacklevel=3,
+        )
+        model.to(torch.float16)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the folder's ``config.json`` says that its weights are quantised."""
+    return read_json(folder / "config.json").get("quantization_config") is not None
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """The device that ``"auto"`` or a name stands for; raises :class:`ValueError` for no device."""
     if device == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -132,7 +149,8 @@ def _device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device: {device!r} is not a device; expected auto, cpu, cuda, cuda:0 …") from error
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """``"auto"`` or the type that a name stands for; raises :class:`ValueError` for no floating type."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     found = DTYPES.get(dtype, getattr(torch, dtype.removeprefix("torch."), None))

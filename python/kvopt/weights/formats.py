@@ -147,12 +147,27 @@ class QuantizedWeight:
         scales: int16, fp16 bit patterns of scales and zero points; or double-quantised scales.
         shape: (N, K).
         format: the :class:`WeightFormat`.
+        input_scale: (K,) float32, multiplies the inputs of a product (AWQ): the weight is what is packed, each column
+            times its entry. Or None.
     """
 
     def __init__(
-        self, packed: Tensor, scales: Tensor | CompactAbsmax, shape: tuple[int, int], format: WeightFormat
+        self,
+        packed: Tensor,
+        scales: Tensor | CompactAbsmax,
+        shape: tuple[int, int],
+        format: WeightFormat,
+        input_scale: Tensor | None = None,
     ) -> None:
         self.packed, self.scales, self.shape, self.format = packed, scales, shape, format
+        self.input_scale = input_scale
+        if input_scale is not None and (
+            tuple(input_scale.shape) != (shape[1],) or input_scale.dtype != torch.float32
+        ):
+            raise ValueError(
+                f"input_scale: expected float32 of shape ({shape[1]},), got {input_scale.dtype} of "
+                f"{tuple(input_scale.shape)}"
+            )
 
     @classmethod
     def from_codes(
@@ -162,6 +177,7 @@ class QuantizedWeight:
         zero: Tensor,
         format: WeightFormat,
         absmax: CompactAbsmax | None = None,
+        input_scale: Tensor | None = None,
     ) -> QuantizedWeight:
         """Packs plain codes (N, K) uint8, scale and zero (N, groups) float16.
 
@@ -171,6 +187,7 @@ class QuantizedWeight:
             zero: the zero points; ignored by all but asymmetric formats.
             format: of the result.
             absmax: for a double-quantised format, what is stored in place of ``scale``; default: made from it.
+            input_scale: see the class.
         """
         n, k = codes.shape
         group = format.group_columns(k)
@@ -179,7 +196,7 @@ class QuantizedWeight:
         scales: Tensor | CompactAbsmax = meta
         if format.double_quantized:
             scales = CompactAbsmax.of(scale) if absmax is None else absmax
-        return cls(packed, scales, (n, k), format)
+        return cls(packed, scales, (n, k), format, input_scale)
 
     @property
     def meta(self) -> Tensor:
@@ -198,9 +215,11 @@ class QuantizedWeight:
         """The dense (N, K) weight, each value computed in float32 and rounded once to ``dtype``."""
         n, k = self.shape
         f = self.format
-        return ops.wquant_dequantize(
-            self.packed, self.meta, n, k, f.bits, f.group_columns(k), f.scheme, dtype
+        first = dtype if self.input_scale is None else torch.float32
+        dense = ops.wquant_dequantize(
+            self.packed, self.meta, n, k, f.bits, f.group_columns(k), f.scheme, first
         )
+        return dense if self.input_scale is None else (dense * self.input_scale).to(dtype)
 
     def linear(
         self,
@@ -213,13 +232,16 @@ class QuantizedWeight:
         swiglu: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """The fused product (..., K) to (..., N); see :func:`kvopt.qlinear`."""
+        """The fused product (..., K) to (..., N); see :func:`kvopt.qlinear`. Its own input scale comes on top."""
         n, k = self.shape
         f = self.format
         group = k if f.group_size is None else f.group_size
         low_rank_x, low_rank_w = (None, None) if low_rank is None else low_rank
         if activation_bits is None:
             activation_bits = f.activation_bits
+        if self.input_scale is not None:
+            own = self.input_scale.to(x.dtype)
+            input_scale = own if input_scale is None else own * input_scale
         return ops.qlinear(
             *(x, self.packed, self.meta, bias, n, f.bits, group, f.scheme, activation_bits),
             input_scale=input_scale,
@@ -234,11 +256,14 @@ class QuantizedWeight:
         """The rows of several weights below each other, bit for bit: several outputs of one input in one launch.
 
         Raises:
-            ValueError: nothing given, or different formats, K or devices; or double-quantised scales, which share an
-                offset: quantise the joined weight instead.
+            ValueError: nothing given, or different formats, K, devices or input scales; or double-quantised scales,
+                which share an offset: quantise the joined weight instead.
         """
         codes, scale, zero = _joinable(weights, "cat")
-        return cls.from_codes(torch.cat(codes), torch.cat(scale), torch.cat(zero), weights[0].format)
+        first = weights[0]
+        return cls.from_codes(
+            torch.cat(codes), torch.cat(scale), torch.cat(zero), first.format, input_scale=first.input_scale
+        )
 
     @classmethod
     def interleave_swiglu(cls, gate: QuantizedWeight, up: QuantizedWeight) -> QuantizedWeight:
@@ -247,7 +272,8 @@ class QuantizedWeight:
         A bias or ``low_rank_w`` of such a product alternates in the same way.
 
         Raises:
-            ValueError: shapes, formats or devices differ, N is no multiple of 8, or the scales are double-quantised.
+            ValueError: shapes, formats, devices or input scales differ, N is no multiple of 8, or the scales are
+                double-quantised.
         """
         if gate.shape != up.shape or gate.shape[0] % 8:
             raise ValueError(
@@ -256,16 +282,19 @@ class QuantizedWeight:
             )
         parts = _joinable([gate, up], "interleave_swiglu")
         codes, scale, zero = (reference.join_swiglu(a.T, b.T).T for a, b in parts)
-        return cls.from_codes(codes, scale, zero, gate.format)
+        return cls.from_codes(codes, scale, zero, gate.format, input_scale=gate.input_scale)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device, repacked where that device's layout differs. Codes stay bit for bit."""
         device = torch.device(device)
+        inputs = None if self.input_scale is None else self.input_scale.to(device)
         if device.type == self.packed.device.type:
-            return QuantizedWeight(self.packed.to(device), self.scales.to(device), self.shape, self.format)
+            return QuantizedWeight(
+                self.packed.to(device), self.scales.to(device), self.shape, self.format, inputs
+            )
         codes, scale, zero = (t.to(device) for t in self.codes())
         absmax = self.scales.to(device) if isinstance(self.scales, CompactAbsmax) else None
-        return QuantizedWeight.from_codes(codes, scale, zero, self.format, absmax)
+        return QuantizedWeight.from_codes(codes, scale, zero, self.format, absmax, inputs)
 
     @property
     def device(self) -> torch.device:
@@ -274,8 +303,9 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: codes, scales, zero points and padding."""
-        return self.packed.nbytes + self.scales.nbytes
+        """Bytes held: codes, scales, zero points, padding and the input scale."""
+        inputs = 0 if self.input_scale is None else self.input_scale.nbytes
+        return self.packed.nbytes + self.scales.nbytes + inputs
 
     @property
     def bits(self) -> float:
@@ -296,11 +326,35 @@ def _joinable(weights: Sequence[QuantizedWeight], what: str) -> list[tuple[Tenso
     for other in weights[1:]:
         if (other.format, other.shape[1], other.device) != (first.format, first.shape[1], first.device):
             raise ValueError(f"{what}: one format, K and device is needed, got {first} and {other}")
+        if not _same(first.input_scale, other.input_scale):
+            raise ValueError(f"{what}: the weights have different input scales")
     if first.format.double_quantized:
         raise ValueError(
             f"{what}: double-quantised scales can't be joined exactly; quantise the joined weight"
         )
     return list(zip(*(weight.codes() for weight in weights), strict=True))
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def check_weight(weight: Tensor, format: WeightFormat) -> None:
+    """Whether ``weight`` can be quantised in ``format``.
+
+    Raises:
+        ValueError: not 2-dimensional or floating, empty, not finite, or too large for fp16 scales.
+    """
+    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: expected a non-empty floating (N, K) tensor, got {tuple(weight.shape)} {weight.dtype}"
+        )
+    low, high = (value.item() for value in torch.aminmax(weight.detach()))
+    largest = max(-low, high)
+    if not largest < float("inf"):
+        raise ValueError("weight: contains NaN or infinity")
+    if _largest_scale(low, high, format) > torch.finfo(torch.float16).max:
+        raise ValueError(f"weight: the largest magnitude {largest:.3g} needs a scale beyond fp16's range")
 
 
 def quantize_to(weight: Tensor, format: WeightFormat) -> QuantizedWeight:
@@ -310,19 +364,10 @@ def quantize_to(weight: Tensor, format: WeightFormat) -> QuantizedWeight:
         ValueError: not 2-dimensional or floating, empty, not finite, too large for fp16 scales, or a group larger
             than K.
     """
-    if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
-        raise ValueError(
-            f"weight: expected a non-empty floating (N, K) tensor, got {tuple(weight.shape)} {weight.dtype}"
-        )
+    check_weight(weight, format)
     weight = weight.detach()
     if weight.dtype == torch.float64:
         weight = weight.float()
-    low, high = (value.item() for value in torch.aminmax(weight))
-    largest = max(-low, high)
-    if not largest < float("inf"):
-        raise ValueError("weight: contains NaN or infinity")
-    if _largest_scale(low, high, format) > torch.finfo(torch.float16).max:
-        raise ValueError(f"weight: the largest magnitude {largest:.3g} needs a scale beyond fp16's range")
     group = format.group_columns(weight.shape[1])
     plain = ops.wquant_rtn(weight, format.bits, group, format.scheme)
     absmax = None

@@ -20,7 +20,8 @@ class QuantLinear(nn.Module):
     Its buffers are integers (float ones as bit patterns), so a cast of the model leaves them alone; moving between
     device types repacks. A state dict holds plain tensors that mean the same on every device: ``codes`` (uint8, see
     ``storage.py``), ``scale`` and, if asymmetric, ``zero`` (float16); with double-quantised scales ``absmax`` (uint8),
-    ``absmax_scale`` and ``absmax_offset`` (float32) in place of ``scale``; and ``bias``.
+    ``absmax_scale`` and ``absmax_offset`` (float32) in place of ``scale``; ``input_scale`` (float32) where the weight
+    has one; and ``bias``.
 
     Args:
         weight: the quantised (out_features, in_features) weight.
@@ -32,13 +33,14 @@ class QuantLinear(nn.Module):
     meta: Tensor | None
     absmax_codes: Tensor | None
     absmax_bits: Tensor | None  # offset, then scales: float32 bit patterns
+    input_bits: Tensor | None  # the input scale: float32 bit patterns
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None, source: str = "linear") -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.format: WeightFormat = weight.format
         self.source = source
-        for name in ("packed", "meta", "absmax_codes", "absmax_bits"):
+        for name in ("packed", "meta", "absmax_codes", "absmax_bits", "input_bits"):
             self.register_buffer(name, None, persistent=False)
         self._hold(weight)
         self.bias: nn.Parameter | None = None
@@ -53,9 +55,10 @@ class QuantLinear(nn.Module):
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         meta = self.quantized_weight.meta if self.meta is None else self.meta
+        inputs = None if self.input_bits is None else self.input_bits.view(torch.float32).to(x.dtype)
         return ops.qlinear(
             *(x, self.packed, meta, bias, self.out_features),
-            *(f.bits, self._group, f.scheme, f.activation_bits),
+            *(f.bits, self._group, f.scheme, f.activation_bits, inputs),
         )
 
     @property
@@ -68,10 +71,14 @@ class QuantLinear(nn.Module):
             assert self.absmax_codes is not None and self.absmax_bits is not None
             values = self.absmax_bits.view(torch.float32)
             scales = CompactAbsmax(self.absmax_codes, values[1:], values[0])
-        return QuantizedWeight(self.packed, scales, (self.out_features, self.in_features), self.format)
+        inputs = None if self.input_bits is None else self.input_bits.view(torch.float32)
+        shape = (self.out_features, self.in_features)
+        return QuantizedWeight(self.packed, scales, shape, self.format, inputs)
 
     def _hold(self, weight: QuantizedWeight) -> None:
         self.packed = weight.packed
+        inputs = weight.input_scale
+        self.input_bits = None if inputs is None else inputs.view(torch.int32)
         if isinstance(weight.scales, CompactAbsmax):
             absmax = weight.scales
             self.absmax_codes = absmax.codes
@@ -91,6 +98,8 @@ class QuantLinear(nn.Module):
         weight = self.quantized_weight
         codes, scale, zero = weight.codes()
         destination[prefix + "codes"] = to_stream(codes, self.format.bits)
+        if weight.input_scale is not None:
+            destination[prefix + "input_scale"] = weight.input_scale.clone()
         if isinstance(weight.scales, CompactAbsmax):
             destination[prefix + "absmax"] = weight.scales.codes
             destination[prefix + "absmax_scale"] = weight.scales.scale.clone()
@@ -114,6 +123,8 @@ class QuantLinear(nn.Module):
             own = ["codes", "absmax", "absmax_scale", "absmax_offset"]
         else:
             own = ["codes", "scale"] + ([] if self.format.symmetric else ["zero"])
+        if self.input_bits is not None:
+            own.append("input_scale")
         plain = {name: state_dict.pop(prefix + name) for name in own if prefix + name in state_dict}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -140,7 +151,8 @@ class QuantLinear(nn.Module):
         else:
             scale = plain["scale"]
         zero = plain.get("zero", torch.zeros_like(scale))
-        loaded = QuantLinear(QuantizedWeight.from_codes(codes, scale, zero, self.format, absmax))
+        inputs = plain.get("input_scale")
+        loaded = QuantLinear(QuantizedWeight.from_codes(codes, scale, zero, self.format, absmax, inputs))
         for name, buffer in self.named_buffers(recurse=False):
             buffer.copy_(loaded.get_buffer(name))
 
@@ -176,6 +188,8 @@ class TiedEmbedding(nn.Module):
             *(weight.packed, weight.meta, indices.flatten(), self.embedding_dim),
             *(f.bits, f.group_columns(self.embedding_dim), f.scheme, self.dtype),
         )
+        if weight.input_scale is not None:
+            vectors = (vectors * weight.input_scale).to(self.dtype)
         return vectors.view(*indices.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import fnmatch
 import re
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import torch
@@ -16,10 +17,15 @@ from transformers.pytorch_utils import Conv1D
 
 from kvopt import _library
 from kvopt.models.memory import model_nbytes
-from kvopt.weights.formats import QuantizedWeight, WeightFormat, quantize_to
+from kvopt.weights.calibration import prepare
+from kvopt.weights.candidates import NEEDS_DATA
+from kvopt.weights.formats import QuantizedWeight, check_weight, quantize_to
 from kvopt.weights.linear import QuantLinear, TiedEmbedding
-from kvopt.weights.recipe import Recipe
+from kvopt.weights.parts import Parts, fingerprint
+from kvopt.weights.recipe import RTN, Recipe
 from kvopt.weights.report import LayerReport, QuantizationReport
+from kvopt.weights.solvers import SOLVERS, Statistics
+from kvopt.weights.walk import Planned, Walk, head_of, is_linear, replace_module
 
 RecipeLike = str | Recipe | Mapping[str, str | Recipe]
 
@@ -29,16 +35,22 @@ def quantize_weight(w: Tensor, recipe: str | Recipe, inputs: Tensor | None = Non
 
     Args:
         w: (N, K), floating.
-        recipe: for instance ``"int4_g128"``.
-        inputs: (tokens, K), for methods that need data; rounding to nearest needs none.
+        recipe: for instance ``"int4_g128"`` or ``"gptq_4bit_g128"``.
+        inputs: (tokens, K), the linear's inputs: GPTQ, AWQ and clipping need them; rounding to nearest and HQQ do not.
 
     Raises:
-        ValueError: an unusable weight, a recipe that quantises nothing, or a group larger than K.
+        ValueError: an unusable weight, a recipe that quantises nothing, a group larger than K, or inputs that are
+            needed and absent, or of another K.
     """
     parsed = Recipe.parse(recipe)
     if parsed.format is None:
         raise ValueError(f"recipe: {parsed} quantises nothing; expected for instance 'int8' or 'int4_g128'")
-    return quantize_to(w, parsed.format)
+    if parsed.method == RTN:
+        return quantize_to(w, parsed.format)
+    check_weight(w, parsed.format)
+    parsed.format.group_columns(w.shape[1])
+    statistics = None if inputs is None else Statistics.of(inputs.to(w.device))
+    return SOLVERS[parsed.method](w, parsed.format, statistics).pack(parsed.format)
 
 
 def qlinear(
@@ -84,11 +96,12 @@ def qlinear(
 def quantize(
     model: nn.Module,
     recipe: RecipeLike,
-    calibration: Iterable[str] | Tensor | None = None,
+    calibration: Iterable[Any] | Tensor | None = None,
     tokenizer: Any = None,
-    progress: bool = True,
+    progress: bool | Callable[[LayerReport], None] = True,
     seed: int = 0,
     device: torch.device | str | None = None,
+    resume: str | PathLike[str] | None = None,
 ) -> QuantizationReport:
     """Quantises the linears of a causal language model in place (``nn.Linear`` and GPT-2's ``Conv1D``).
 
@@ -96,22 +109,33 @@ def quantize(
     The output head stays too unless the recipe names it (``"int4_g128+head_int8"``, or a pattern other than ``"*"``);
     a tied head that is quantised takes the embedding with it, and both are stored once.
 
+    With ``calibration`` one decoder layer runs at a time, and each linear is quantised for the inputs that the
+    quantised ones before it give (``docs/methods/calibration.md``). Where a method's output error on held-out tokens
+    is larger than that of rounding to nearest, the linear is rounded to nearest, and its note says so.
+
     Args:
         model: any Hugging Face causal language model, changed in place.
         recipe: a recipe, or a mapping from module name pattern (glob or regular expression) to recipe, of which the
             first match wins; a linear that nothing matches stays as it is.
-        calibration: texts or tokens, for methods that need data; rounding to nearest needs none.
+        calibration: texts, or token ids: a tensor (windows, tokens) or (tokens,), or an iterable of id sequences.
+            GPTQ, AWQ and clipping need it; with it every method's output errors are measured and held against those of
+            rounding to nearest.
         tokenizer: of the model, for texts.
-        progress: show a progress bar.
-        seed: of methods that draw; rounding to nearest draws nothing.
-        device: where to quantise and leave the packed weights; default: where each weight is.
+        progress: show a progress bar; or a function, called with the row of each finished linear instead.
+        seed: draws the held-out windows, and is passed to methods that draw.
+        device: where to quantise and leave the packed weights; default: where each weight is. The model may be
+            elsewhere: one decoder layer at a time is moved.
+        resume: a folder that keeps finished layers. The same call again, on the model as it was at first, takes what
+            is there and goes on behind it, to the same result. Delete the folder afterwards.
 
     Returns:
-        One row per linear, with its size and error.
+        One row per linear, with its size and errors.
 
     Raises:
-        ValueError: an unknown recipe, a pattern that matches nothing, an already quantised linear, or a linear that the
-            recipe does not fit (the message names it). A linear that fails leaves those before it quantised.
+        ValueError: an unknown recipe, a pattern that matches nothing, an already quantised linear, calibration that is
+            needed and absent or unusable, parts of another run in ``resume``, or a linear that the recipe does not fit
+            (the message names it). A linear that fails leaves those before it quantised.
+        TypeError: calibration is neither texts nor token ids.
     """
     if not isinstance(recipe, Mapping):
         parsed = Recipe.parse(recipe)
@@ -124,21 +148,66 @@ def quantize(
     plan = _plan(model, recipe)
     if not plan:
         raise ValueError("model: has no nn.Linear or Conv1D to quantise")
-    for name, module, format in plan:  # before anything is changed
+    for linear in plan:  # before anything is changed
         try:
-            format.group_columns(_weight_of(module).shape[1])
+            linear.format.group_columns(linear.weight.shape[1])
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{linear.name}: {error}") from None
+        if calibration is None and linear.method in NEEDS_DATA:
+            raise ValueError(
+                f"{linear.method}: needs calibration texts or tokens: quantize(…, calibration=texts)"
+            )
+    windows = None if calibration is None else prepare(calibration, tokenizer, model, seed)
+    report = QuantizationReport(_describe(recipe), [], model_nbytes(model), seed=seed)
+    if windows is not None:
+        report.calibration_tokens, report.held_out_tokens = windows.windows.numel(), windows.held_out.numel()
+    parts = None
+    if resume is not None:
+        facts = [(linear.name, linear.method, str(linear.format)) for linear in plan]
+        parts = Parts(resume, fingerprint(model, facts, seed, windows and windows.fingerprint))
 
-    report = QuantizationReport(_describe(recipe), [], model_nbytes(model), 0)
-    bar = tqdm(plan, desc=f"quantising {report.recipe}", unit="linear", disable=not progress)
-    del plan
-    for name, module, format in bar:
-        report.layers.append(_quantize_one(model, name, module, format, device))
-        bar.set_postfix_str(f"error {report.layers[-1].weight_error:.4f}", refresh=False)
+    training = [module for module in model.modules() if module.training]
+    with _progress(progress, len(plan), report.recipe) as done:
+        walk = Walk(model, plan, seed=seed, device=device, parts=parts, done=done)
+        try:
+            report.layers = walk.run(windows)
+        finally:
+            for module in training:
+                module.training = True
+    del walk, training
     _library.release_free_memory()
     report.nbytes_after = model_nbytes(model)
+    report.kept = _kept(model)
     return report
+
+
+@contextmanager
+def _progress(
+    progress: bool | Callable[[LayerReport], None], total: int, recipe: str
+) -> Iterator[Callable[[LayerReport], None]]:
+    """What is called with each row: the user's function, or a bar with the running mean of the errors."""
+    if callable(progress):
+        yield progress
+        return
+    errors: list[tuple[float, float]] = []
+    with tqdm(total=total, desc=f"quantising {recipe}", unit="linear", disable=not progress) as bar:
+
+        def done(row: LayerReport) -> None:
+            if row.held_out_error is None or row.rtn_held_out_error is None:
+                text = f"weight error {row.weight_error:.4f}"
+            else:
+                errors.append((row.held_out_error, row.rtn_held_out_error))
+                ours, nearest = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+                text = f"output error {ours:.4f}, rtn {nearest:.4f}"
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+
+        yield done
+
+
+def _kept(model: nn.Module) -> dict[str, int]:
+    """Bytes of each floating parameter of two or more dimensions."""
+    return {name: p.nbytes for name, p in model.named_parameters() if p.dim() >= 2 and p.is_floating_point()}
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -159,33 +228,12 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             table = nn.Embedding(rows, features, device="meta")
             table.weight = plain.weight
             model.set_input_embeddings(table)  # type: ignore[operator]
-        _replace(model, name, plain)
+        replace_module(model, name, plain)
     return model
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or type(module) is Conv1D
-
-
-def _weight_of(module: nn.Module) -> Tensor:
-    """The (N, K) weight, a view."""
-    parameter: Any = module.weight
-    weight: Tensor = parameter.detach()
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _head_of(model: Any) -> nn.Module | None:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return head if isinstance(head, nn.Module) else None
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -197,16 +245,19 @@ def _matches(pattern: str, name: str) -> bool:
         return False  # a glob such as "*.down_proj" is no regular expression
 
 
-def _plan(model: nn.Module, recipe: RecipeLike) -> list[tuple[str, nn.Module, WeightFormat]]:
-    """Which linear gets which format, in the model's order."""
-    linears = [(name, module) for name, module in model.named_modules() if _is_linear(module)]
-    head = _head_of(model)
+def _plan(model: nn.Module, recipe: RecipeLike) -> list[Planned]:
+    """Which linear gets which format by which method, in the model's order."""
+    linears = [(name, module) for name, module in model.named_modules() if is_linear(module)]
+    head = head_of(model)
     if not isinstance(recipe, Mapping):
         parsed = Recipe.parse(recipe)
-        formats = [(n, m, parsed.head if m is head else parsed.format) for n, m in linears]
         if parsed.head is not None and not any(m is head for _, m in linears):
             raise ValueError(f"recipe {str(parsed)!r}: the model has no linear output head")
-        return [(n, m, f) for n, m, f in formats if f is not None]
+        return [
+            Planned(name, module, format, RTN if module is head else parsed.method)
+            for name, module in linears
+            if (format := parsed.head if module is head else parsed.format) is not None
+        ]
 
     rules = [(pattern, Recipe.parse(choice)) for pattern, choice in recipe.items()]
     for pattern, choice in rules:
@@ -223,7 +274,7 @@ def _plan(model: nn.Module, recipe: RecipeLike) -> list[tuple[str, nn.Module, We
         )
         chosen = next(fitting, None)
         if chosen is not None and chosen.format is not None:
-            plan.append((name, module, chosen.format))
+            plan.append(Planned(name, module, chosen.format, chosen.method))
     return plan
 
 
@@ -231,39 +282,6 @@ def _describe(recipe: RecipeLike) -> str:
     if isinstance(recipe, Mapping):
         return ", ".join(f"{pattern}: {Recipe.parse(choice)}" for pattern, choice in recipe.items())
     return str(Recipe.parse(recipe))
-
-
-def _quantize_one(
-    model: Any, name: str, module: Any, format: WeightFormat, device: torch.device | str | None
-) -> LayerReport:
-    start = time.perf_counter()
-    weight = _weight_of(module).to(device or module.weight.device)
-    try:
-        quantized = quantize_to(weight, format)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    bias = None if module.bias is None else module.bias.detach().to(weight.device)
-    source = "conv1d" if isinstance(module, Conv1D) else "linear"
-    replacement = QuantLinear(quantized, bias, source)
-    replacement.train(module.training)
-    distance = (quantized.dequantize() - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)
-
-    note = ""
-    embedding = model.get_input_embeddings() if module is _head_of(model) else None
-    if isinstance(embedding, nn.Embedding) and embedding.weight is module.weight:
-        model.set_input_embeddings(TiedEmbedding(replacement, weight.dtype))
-        note = "tied with the input embedding, stored once"
-    _replace(model, name, replacement)
-    return LayerReport(
-        name=name,
-        format=str(format),
-        bits=quantized.bits,
-        nbytes=quantized.nbytes,
-        weight_error=distance.item(),
-        output_error=None,
-        note=note,
-        seconds=time.perf_counter() - start,
-    )
 
 
 def _plain(module: QuantLinear, dtype: torch.dtype) -> nn.Linear | Conv1D:
