@@ -6,8 +6,9 @@
 //   many rows (thresholds below)          dequantise, cuBLAS     the op layer
 //   fp32 activations                      fp32 arithmetic        qlinear_simt.cu
 //   few rows, x fits in shared memory     matrix-vector          qlinear_gemv*.cu
+//   small weight, up to 64 rows           mma.sync               qlinear_gemm*.cu
 //   sm_90, code for sm_90a is here        wgmma                  qlinear_wgmma*.cu
-//   else                                  mma.sync               qlinear_gemm*.cu
+//   else                                  mma.sync
 //
 // The tiled products take fp16 rows. Where x is not that already (bf16, an input scale, int8
 // rounding, rows that do not start on 16 bytes) qlinear_prologue.cu writes them to the workspace,
@@ -41,6 +42,12 @@ constexpr int64_t kDenseRowsGemmSm75 = 1024;  // the same, with a T4's slower me
 // dense way 0.90 to 0.97.
 constexpr int64_t kDenseRowsWgmma = kNever;
 
+// Weights so small that the wgmma product has to split K over clusters, whose common sum costs more
+// than mma.sync's slower tiles. Measured on an H200 with 4096 x 4096 and 4 bits, microseconds of
+// mma.sync and wgmma: M = 16 8.8 and 11.0, 32 9.7 and 11.6, 64 12.5 and 14.6, 128 20 and 17.7.
+constexpr int64_t kGemmRowsSm90 = 64;
+constexpr int64_t kGemmWeightsSm90 = int64_t{4096} * 4096;
+
 constexpr int64_t kAlign = 256;
 constexpr int64_t align(int64_t bytes) { return ceil_div(bytes, kAlign) * kAlign; }
 
@@ -61,6 +68,10 @@ QLinearPath fused_path(const QLinearProblem& q, const Device& device, const char
   if (q.m <= kGemvRows && gemv_fits(q, device)) {
     why = "so few rows that the weight's bytes decide, and x fits in shared memory";
     return QLinearPath::kGemv;
+  }
+  if (device.sm == 90 && q.m <= kGemmRowsSm90 && int64_t{q.n} * q.k <= kGemmWeightsSm90) {
+    why = "enough rows for tiles, and a weight too small for wgmma's";
+    return QLinearPath::kGemm;
   }
   if (wgmma_fits(q, device)) {
     why = "enough rows for tiles, and the chip has wgmma";
@@ -287,6 +298,8 @@ int qlinear_explain(const QLinearParams& p, int capability, int multiprocessors,
                                                    : "more rows, or a longer x, than it holds");
   other(QLinearPath::kWgmma, wide              ? "it rounds x to 16 bits"
                              : device.sm != 90 ? "the chip has none"
+                             : plan.path == QLinearPath::kGemm && q.m <= kGemmRowsSm90
+                                 ? "the weight is too small, or no code for it in this build"
                              : plan.path == QLinearPath::kGemv
                                  ? "tiles pay from more rows on"
                                  : "no code for it in this build, or slower at so many rows");

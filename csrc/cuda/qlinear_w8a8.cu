@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // W8A8: int8 x int8 with int32 sums, scales per row of x and per row of w. Which kernel:
 //
-//   M <= 8, x fits shared memory         weights straight to registers   qlinear_w8a8_stream.cu
+//   M <= 8, K <= 8192                    weights straight to registers   qlinear_w8a8_stream.cu
 //   sm_90, whole 16-byte pieces of y     warpgroup instructions          qlinear_w8a8_wgmma.cu
 //   else, by how many tiles there are    mma.sync, three tile sizes device/qlinear_w8a8_mma.cuh
 //

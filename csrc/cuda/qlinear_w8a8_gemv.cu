@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
   int group = static_cast<int>(blockIdx.x) * (kWarps / plan.split) + warp / plan.split;
   point_at(min(group, plan.groups - 1));
-  wait_for_previous_kernel();
   load(first_chunk);
+  wait_for_previous_kernel();
   quantize_rows<T, kAligned, kM>(p, x, plan.columns, scales, slots);
 
   // Every warp of the block makes the same number of turns: they meet at barriers when they share.

@@ -9,8 +9,7 @@
 //           agree, so nothing is rearranged.) x comes from shared memory, 16 bytes for each eight
 //           rows of it; rows are 64 bytes off a multiple of 128 apart, so no two lanes collide
 //   chunk   256 columns: 128 bytes a lane in flight, the next ones loaded before these are used,
-//           across units too. Before the kernel that makes x is done, the first unit's bytes are
-//           on their way to L2
+//           across units too, and the first ones before the kernel that makes x is done
 //
 // Bytes: N K. Bound: memory. Work per byte is small: at M = 8, 1 KB of weights are 2 loads, 1 read
 // of shared memory and 2 multiplications of a warp.
@@ -29,6 +28,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kRows = 16;                               // of the weight, at a time
 constexpr int kTokens = 8;                              // rows of x
+constexpr int kMostColumns = 8192;                      // of longer rows x crowds shared memory
 constexpr int kStaticBytes = 2 * kThreads * 16 + 1024;  // sums of two units; 1 KB is the system's
 constexpr int kSegments = 4, kChunkColumns = 64 * kSegments;
 
@@ -47,18 +47,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_chunk = warp * plan.chunks / kWarps;
   const int end_chunk = (warp + 1) * plan.chunks / kWarps;
   const auto* w = reinterpret_cast<const uint8_t*>(o.w);
-
-  {
-    const int lines = (end_chunk - first_chunk) * (kChunkColumns / 128);
-    const int64_t rows = min(kRows, o.n - static_cast<int>(blockIdx.x) * kRows);
-    for (int i = lane; i < lines * 16; i += 32) {
-      const int column = first_chunk * kChunkColumns + i / 16 * 128;
-      if (i % 16 < rows && column < o.columns) {
-        prefetch_l2(w + (blockIdx.x * int64_t{kRows} + i % 16) * o.w_pitch + column);
-      }
-    }
-  }
-  wait_for_previous_kernel();
 
   const uint8_t* row[2];
   const auto point_at = [&](int unit) {
@@ -81,6 +69,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   };
   point_at(static_cast<int>(blockIdx.x));
   if (first_chunk < end_chunk) load(first_chunk);
+  wait_for_previous_kernel();
 
   const int pieces = plan.chunks * (kChunkColumns / 16);
   for (int i = static_cast<int>(threadIdx.x); i < kTokens * pieces; i += kThreads) {
@@ -145,7 +134,8 @@ int shared_pitch(const Operands& o) {
 }  // namespace
 
 bool stream_fits(const Operands& o, const Device& device) {
-  return o.m <= kTokens && kTokens * shared_pitch(o) + kStaticBytes <= device.block_shared;
+  return o.m <= kTokens && o.columns <= kMostColumns &&
+         kTokens * shared_pitch(o) + kStaticBytes <= device.block_shared;
 }
 
 int launch_stream(const Operands& o, const RowsEpilogue& epilogue, const Device& device,

@@ -13,53 +13,71 @@ namespace wgmma {
 
 namespace {
 
-// What a block takes for 64 columns, in nanoseconds, measured on an H200 with codes of 4 bits:
-// alone on its multiprocessor, and with as many as fit. reduce: what a cluster's common sum costs.
+// What a multiprocessor takes for 64 columns, in nanoseconds, measured on an H200 with codes of 4
+// bits: with one block, and with as many as fit. reduce: a cluster's common sum; share, other: sums
+// that go to another block through memory, and each further block with a part of the same tile.
 struct ShapeFacts {
   int rows_x, resident;
-  double alone, full, reduce;
+  double alone, full, reduce, share, other;
 };
-constexpr ShapeFacts kShapes[] = {{16, 2, 290, 366, 3000},
-                                  {32, 2, 300, 405, 5000},
-                                  {64, 2, 356, 520, 9000},
-                                  {128, 1, 415, 415, 0},
-                                  {256, 1, 765, 765, 0}};
+constexpr ShapeFacts kShapes[] = {{16, 2, 330, 420, 2000, 900, 670},
+                                  {32, 2, 340, 445, 2500, 1800, 700},
+                                  {64, 2, 364, 540, 3500, 3100, 830},
+                                  {128, 1, 440, 440, 0, 3200, 1080},
+                                  {256, 1, 800, 800, 0, 6500, 900}};
 constexpr int kShapeCount = static_cast<int>(std::size(kShapes));
 constexpr int kRowsW = 128;          // of w, in every shape
 constexpr double kDeviceBytes = 31;  // a nanosecond and multiprocessor: 4.1 TB/s of 132
 constexpr double kStart = 2000;      // from launch to the first multiplication, and the output
-constexpr double kCrowded = 8000;    // clusters of four or eight that must share multiprocessors
+constexpr double kCrowded = 8000;    // clusters of four or eight that wait for multiprocessors
+constexpr double kCluster8 = 2800;   // clusters of eight, which start late
+constexpr int kMostShared = 4;       // tiles of a block up to which runs may be even
 
 // Nanoseconds of a product in this shape.
-double time_of(const QLinearProblem& p, const ShapeFacts& s, int splits, int multiprocessors) {
-  const int64_t units = ceil_div(p.m, s.rows_x) * ceil_div(p.n, kRowsW) * splits;
-  const int64_t each = ceil_div(units, multiprocessors);  // of the busiest multiprocessor
+double time_of(const QLinearProblem& p, const ShapeFacts& s, int splits, bool even,
+               int multiprocessors) {
+  const int64_t tiles = ceil_div(p.m, s.rows_x) * ceil_div(p.n, kRowsW);
   const double read = kRowsW * 8.0 * p.format.bits / kDeviceBytes;
-  const double columns64 =
-      static_cast<double>(each / s.resident) * std::max(s.full, s.resident * read) +
-      static_cast<double>(each % s.resident) * std::max(s.alone, read);
+  const double full = std::max(s.full, s.resident * read);
+  if (even) {
+    const int64_t blocks = static_cast<int64_t>(multiprocessors) * s.resident;
+    return kStart + full * 4 * static_cast<double>(ceil_div(tiles * p.blocks, 4 * blocks)) +
+           s.share + static_cast<double>(ceil_div(blocks, tiles)) * s.other;
+  }
+  const int64_t each = ceil_div(tiles * splits, multiprocessors);  // of the busiest multiprocessor
+  double columns64 = static_cast<double>(each / s.resident) * full +
+                     static_cast<double>(each % s.resident) * std::max(s.alone, read);
+  // The blocks of a larger cluster are put on few multiprocessors.
+  if (splits > 2) columns64 = static_cast<double>(ceil_div(each, s.resident)) * full;
   return kStart + columns64 * static_cast<double>(ceil_div(p.blocks, splits)) +
-         (splits > 1 ? s.reduce : 0) + (splits > 2 && each > 1 ? kCrowded : 0);
+         (splits > 1 ? s.reduce : 0) + (splits > 2 && each > 1 ? kCrowded : 0) +
+         (splits == 8 ? kCluster8 : 0);
 }
 
 }  // namespace
 
 Choice best_choice(const QLinearProblem& p, const Device& device) {
-  Choice best{3, 1};
+  Choice best{3, 1, false};
   double least = 0;
   for (int i = 0; i < kShapeCount; ++i) {
     const ShapeFacts& s = kShapes[i];
     if (has_fine_groups(p) && i != 0 && i != 3) continue;
-    if (p.format.has_book() && i == 2) continue;  // the table leaves it one stage of codes
     // Several tiles of x would make the same codes weights again.
     if (i < 2 && s.rows_x < std::min(p.m, 64)) continue;
-    // With more rows of x a common sum costs more than idle multiprocessors.
+    const auto consider = [&](int splits, bool even) {
+      const double time = time_of(p, s, splits, even, device.multiprocessors);
+      if (least != 0 && time >= least) return;
+      least = time;
+      best = {i, splits, even};
+    };
+    // With more rows of x a cluster's common sum costs more than idle multiprocessors.
     const int most = i <= 2 ? kMaxSplits : 1;
     for (int splits = 1; splits <= most && p.blocks >= 4 * splits; splits *= 2) {
-      const double time = time_of(p, s, splits, device.multiprocessors);
-      if (least != 0 && time >= least) continue;
-      least = time;
-      best = {i, splits};
+      consider(splits, false);
+    }
+    const int64_t tiles = ceil_div(p.m, s.rows_x) * ceil_div(p.n, kRowsW);
+    if (tiles <= kMostShared * static_cast<int64_t>(device.multiprocessors) && p.blocks <= 8192) {
+      consider(1, true);
     }
   }
   return best;
@@ -105,20 +123,26 @@ bool wgmma_fits(const QLinearProblem& p, const Device& device) {
   return compiled;
 }
 
-int64_t wgmma_partial_bytes(const QLinearProblem&, const Device&) { return 0; }
+int64_t wgmma_partial_bytes(const QLinearProblem& p, const Device& device) {
+  const wgmma::Choice choice = wgmma::best_choice(p, device);
+  if (!choice.even) return 0;
+  const wgmma::ShapeFacts& s = wgmma::kShapes[choice.shape];
+  const int64_t blocks = static_cast<int64_t>(device.multiprocessors) * s.resident;
+  return blocks * (static_cast<int64_t>(s.rows_x) * wgmma::kRowsW * 4 + 8);
+}
 
-int launch_wgmma(const QLinearProblem& p, const HalfRows& x, void* /*partials*/,
-                 const Device& device, cudaStream_t stream) {
-  if (p.format.has_book()) return wgmma::launch_book(p, x, device, stream);
+int launch_wgmma(const QLinearProblem& p, const HalfRows& x, void* partials, const Device& device,
+                 cudaStream_t stream) {
+  if (p.format.has_book()) return wgmma::launch_book(p, x, partials, device, stream);
   switch (p.format.bits) {
     case 2:
-      return wgmma::launch_w2(p, x, device, stream);
+      return wgmma::launch_w2(p, x, partials, device, stream);
     case 3:
-      return wgmma::launch_w3(p, x, device, stream);
+      return wgmma::launch_w3(p, x, partials, device, stream);
     case 4:
-      return wgmma::launch_w4(p, x, device, stream);
+      return wgmma::launch_w4(p, x, partials, device, stream);
     default:
-      return wgmma::launch_w8(p, x, device, stream);
+      return wgmma::launch_w8(p, x, partials, device, stream);
   }
 }
 

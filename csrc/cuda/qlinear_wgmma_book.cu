@@ -4,9 +4,9 @@
 
 namespace kvopt::cuda::wgmma {
 
-int launch_book(const QLinearProblem& p, const HalfRows& x, const Device& device,
+int launch_book(const QLinearProblem& p, const HalfRows& x, void* partials, const Device& device,
                 cudaStream_t stream) {
-  return launch_format<4, true>(p, x, device, stream);
+  return launch_format<4, true>(p, x, partials, device, stream);
 }
 
 }  // namespace kvopt::cuda::wgmma

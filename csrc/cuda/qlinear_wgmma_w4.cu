@@ -4,9 +4,9 @@
 
 namespace kvopt::cuda::wgmma {
 
-int launch_w4(const QLinearProblem& p, const HalfRows& x, const Device& device,
+int launch_w4(const QLinearProblem& p, const HalfRows& x, void* partials, const Device& device,
               cudaStream_t stream) {
-  return launch_format<4, false>(p, x, device, stream);
+  return launch_format<4, false>(p, x, partials, device, stream);
 }
 
 bool w4_is_compiled() { return is_compiled<4, false>(); }

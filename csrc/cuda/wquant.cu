@@ -173,6 +173,8 @@ __global__ void __launch_bounds__(kThreads) unpack_meta_kernel(const PackParams 
                                        : __half_as_ushort(implied_zero(p.format));
 }
 
+__global__ void settle_kernel() {}
+
 template <int kBits>
 void launch_pack(const PackParams& p, cudaStream_t stream) {
   const int64_t lanes = mma16::packed_bytes(p.format, p.n, p.k) / (4 * kBits);
@@ -194,6 +196,11 @@ bool is_valid_weight(const QuantFormat& f, int64_t n, int64_t k) {
       if (f.bits != 2 && f.bits != 3 && f.bits != 4 && f.bits != 8) return false;
   }
   return f.group_size % 16 == 0 || f.group_size >= k;
+}
+
+int settle_weights(void* stream) {
+  settle_kernel<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>();
+  return cudaGetLastError();
 }
 
 int wquant_rtn(const RtnParams& p, void* stream_handle) {
@@ -233,7 +240,7 @@ int wquant_pack(const PackParams& p, void* stream_handle) {
   }
   const int64_t entries = rows * group_count(p.format, p.k);
   pack_meta_kernel<<<blocks_for(entries), kThreads, 0, stream>>>(p, rows);
-  return cudaGetLastError();
+  return settle_weights(stream_handle);
 }
 
 int wquant_unpack(const PackParams& p, void* stream_handle) {

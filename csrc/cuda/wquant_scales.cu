@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include "cuda/wquant.h"
 #include "cuda/wquant_scales.h"
 
 namespace kvopt::cuda {
@@ -42,7 +43,7 @@ int wquant_expand_scales(const ExpandScalesParams& p, void* stream) {
   const auto blocks = static_cast<unsigned>(ceil_div(count, kThreads));
   expand_scales_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       p, group_count(p.format, p.k), count);
-  return cudaGetLastError();
+  return settle_weights(stream);
 }
 
 }  // namespace kvopt::cuda

@@ -6,9 +6,10 @@
 //   test_qlinear_cuda --quick      few shapes, for a sanitizer
 //   test_qlinear_cuda --bench      times, see bench_qlinear_cuda.h
 //
-// Cases, references and tolerances are those of qlinear_cuda_fixture.h. Every format meets every
-// type of activation, with optional parts drawn at random, once as `qlinear` chooses and once on
-// the tiled mma.sync product, which on sm_90 is the rare path.
+// Cases are those of qlinear_cuda_fixture.h, references and tolerances those of
+// qlinear_cuda_reference.h. Every format meets every type of activation, with optional parts drawn
+// at random, once as `qlinear` chooses and once on the tiled mma.sync product, which on sm_90 is
+// the rare path.
 #include <cuda_runtime.h>
 
 #include <chrono>
@@ -51,9 +52,11 @@ int by_dispatch(const QLinearParams& p, cudaStream_t stream) { return cuda::qlin
 size_t gemm_workspace(int64_t m, int64_t k) {
   return static_cast<size_t>(m * (ceil_div(k, 8) * 16 + 4));
 }
-int by_gemm(const QLinearParams& p, cudaStream_t stream) {
+// multiprocessors: what the choice of a tile is made for; every tile is right on every GPU.
+int by_gemm(const QLinearParams& p, int multiprocessors, cudaStream_t stream) {
   cuda::Device device{};
   if (const int error = cuda::query_device(device); error != cudaSuccess) return error;
+  device.multiprocessors = multiprocessors;
   const cuda::QLinearProblem q = cuda::make_problem(p);
   cuda::HalfRows x{static_cast<const __half*>(p.x), p.k, nullptr};
   if (cuda::needs_prologue(q)) {
@@ -65,6 +68,13 @@ int by_gemm(const QLinearParams& p, cudaStream_t stream) {
     x = {rows, pitch, scales};
   }
   return cuda::launch_gemm(q, x, device, stream);
+}
+
+// The matrix-vector product takes codes as they are.
+Tolerance tolerance_of(const QLinearParams& p) {
+  cuda::Device device{};
+  CHECK_CUDA(cuda::query_device(device));
+  return {cuda::plan_qlinear(p, device).fused != cuda::QLinearPath::kGemv, 0};
 }
 
 void check_products(Random& random, const Weight& w, DType dtype, const std::vector<int64_t>& ms) {
@@ -80,7 +90,7 @@ void check_products(Random& random, const Weight& w, DType dtype, const std::vec
     // Where x starts decides whether it is copied first: room for that.
     if (options.misaligned) options.workspace += gemm_workspace(m, w.k) + 1024;
     const auto y = product.run(m, by_dispatch, options);
-    product.compare(m, reference, y);
+    product.compare(m, reference, y, tolerance_of(product.params(m)));
     if (m > 0 && random.below(4) == 0) {
       expect(product.run(m, by_dispatch, options) == y, product.name(m) + ": second run differs");
       options.graph = true;
@@ -89,17 +99,26 @@ void check_products(Random& random, const Weight& w, DType dtype, const std::vec
     }
     if (m > 0 && tiled && random.below(2) == 0) {
       options.workspace = gemm_workspace(m, w.k);
-      product.compare(m, reference, product.run(m, by_gemm, options));
+      const int multiprocessors = 1 << random.below(10);
+      const Launch tiles = [=](const QLinearParams& p, cudaStream_t stream) {
+        return by_gemm(p, multiprocessors, stream);
+      };
+      const auto tiled_y = product.run(m, tiles, options);
+      product.compare(m, reference, tiled_y);
+      expect(product.run(m, tiles, options) == tiled_y,
+             product.name(m) + ": second run of the tiles differs");
     }
   }
 }
 
 // Scales far beyond what weights have, and their neighbours as usual: fp16 (scale * 512) overflows.
+// Weights stay below 60000: beyond 65504 there is no fp16 weight to round to.
 void check_wide_scales(Random& random, const Kind& kind) {
   const int32_t group = kind.scheme == Scheme::kInt8Dynamic ? 320 : 64;
   Weight w = random_weight(random, 80, 320, {kind.bits, group, kind.scheme}, kind.zeros);
   for (auto& s : w.scale) {
-    const float most = 60000.0f / static_cast<float>(1 << kind.bits);  // weights stay fp16 numbers
+    const float most =
+        w.format.has_book() ? 60000.0f : 60000.0f / static_cast<float>(1 << kind.bits);
     if (random.below(8) == 0) {
       s = half_bits(most * static_cast<float>(0.5 + 0.5 * random.uniform()));
     }
@@ -126,7 +145,9 @@ void check_chain(Random& random, const QuantFormat& format, DType dtype, int64_t
   constexpr int64_t kSize = 1536;
   constexpr int kSteps = 6;
   Weight w = random_weight(random, kSize, kSize, format);
-  for (auto& s : w.scale) s = half_bits(static_cast<float>(0.002 + 0.002 * random.uniform()));
+  // Products of about the size of x, so that nothing overflows or vanishes on the way.
+  const double size = w.format.has_book() ? 0.04 : 0.06 / (1 << format.bits);
+  for (auto& s : w.scale) s = half_bits(static_cast<float>((1 + random.uniform()) * size));
   const size_t bytes = m * kSize * dtype_bytes(dtype);
   std::vector<uint8_t> start(bytes);
   for (int64_t i = 0; i < m * kSize; ++i) {
@@ -168,7 +189,16 @@ void check_chain(Random& random, const QuantFormat& format, DType dtype, int64_t
   const auto expected = run(true);
   bool same = true;
   for (int i = 0; i < 10; ++i) same = same && run(false) == expected;
-  expect(same, "chain " + name_of(format) + " " + name_of(dtype) + " M" + std::to_string(m));
+  bool finite = true, alive = false;
+  for (int64_t i = 0; i < m * kSize; ++i) {
+    const float v = load(dtype, expected.data(), i);
+    finite = finite && std::isfinite(v);
+    alive = alive || std::fabs(v) > 1e-3f;
+  }
+  const std::string name =
+      "chain " + name_of(format) + " " + name_of(dtype) + " M" + std::to_string(m);
+  expect(same, name);
+  expect(finite && alive, name + ": overflowed or vanished");
   CHECK_CUDA(cudaStreamDestroy(stream));
 }
 

@@ -4,11 +4,13 @@
 //   test_qlinear_w8a8_cuda [--seed S]   checks; exit code 1 when one fails
 //   test_qlinear_w8a8_cuda --quick      few shapes, for a sanitizer
 //
-// Three kinds of check:
+// Four kinds of check:
 //   prologue   every element and row scale against the same fp32 arithmetic on the host: equal,
 //              but for quotients within 1e-4 of a tie
 //   sums       random int8 x and w, scales 1, y in fp32: equal to the exact integer sums, rounded
 //              once
+//   chains     weights packed and multiplied again and again in one graph: the same bits as one
+//              after the other
 //   products   prologue and product together against fp64 (qlinear_cuda_fixture.h), with every part
 //              of the epilogue, odd alignment, second runs, graphs, special values
 #include <cuda_runtime.h>
@@ -18,6 +20,7 @@
 
 #include "check_cuda.h"
 #include "cuda/device/qlinear_problem.cuh"
+#include "cuda/wquant.h"
 #include "qlinear_cuda_fixture.h"
 
 namespace kvopt::test {
@@ -296,7 +299,7 @@ void check_products(Random& random, int64_t n, int64_t k, DType dtype,
       for (const Path path : {Path::kMatrix, Path::kStream}) {
         if (path == Path::kStream && !streams(product, m)) continue;
         RunOptions options;
-        options.workspace = path == Path::kMatrix ? workspace_bytes(m, k) : 0;
+        options.workspace = path == Path::kStream ? 0 : workspace_bytes(m, k);
         options.misaligned = random.below(4) == 0;
         const auto y = product.run(m, launch_of(path), options);
         product.compare(m, reference, y);
@@ -317,6 +320,85 @@ void check_products(Random& random, int64_t n, int64_t k, DType dtype,
     product.check_special_values(random, m, launch_of(stream ? Path::kStream : Path::kMatrix),
                                  options);
   }
+}
+
+// --- chains -------------------------------------------------------------------------------------
+
+// One graph packs other codes into the same weight and multiplies, again and again. Products read
+// weights before they wait for the kernel in front, which must have settled them.
+void check_chain(Random& random, int64_t m, int64_t n, int64_t k, Path path) {
+  constexpr int kTurns = 6;
+  const QuantFormat format{8, static_cast<int32_t>(k), Scheme::kInt8Dynamic};
+  std::vector<uint16_t> x(m * k);
+  for (auto& v : x) v = half_bits(static_cast<float>(random.normal()));
+  const DeviceBuffer<uint16_t> xd(x), meta(n);
+  const DeviceBuffer<uint8_t> packed(mma16::packed_bytes(format, n, k));
+  const DeviceBuffer<uint8_t> workspace(workspace_bytes(m, k));
+  std::vector<DeviceBuffer<uint8_t>> codes;
+  std::vector<DeviceBuffer<uint16_t>> scale, zero, y;
+  for (int i = 0; i < kTurns; ++i) {
+    const Weight w = random_weight(random, n, k, format);
+    codes.emplace_back(w.codes);
+    scale.emplace_back(w.scale);
+    zero.emplace_back(w.zero);
+    y.emplace_back(m * n);
+  }
+  cudaStream_t stream;
+  CHECK_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const auto turn = [&](int i, bool wait) {
+    PackParams pack{};
+    pack.n = n;
+    pack.k = k;
+    pack.format = format;
+    pack.codes = codes[i].get();
+    pack.scale = scale[i].get();
+    pack.zero = zero[i].get();
+    pack.packed = packed.get();
+    pack.meta = meta.get();
+    CHECK_CUDA(cuda::wquant_pack(pack, stream));
+    if (wait) CHECK_CUDA(cudaStreamSynchronize(stream));
+    QLinearParams p{};
+    p.m = m;
+    p.n = n;
+    p.k = k;
+    p.dtype = DType::kFloat16;
+    p.format = format;
+    p.x = xd.get();
+    p.packed = packed.get();
+    p.meta = meta.get();
+    p.y = y[i].get();
+    p.workspace = workspace.get();
+    p.activation_bits = 8;
+    for (int again = 0; again < 2; ++again) CHECK_CUDA(run_w8a8(p, path, stream));
+  };
+  CHECK_CUDA(cudaDeviceSynchronize());
+  std::vector<std::vector<uint16_t>> expected;
+  for (int i = 0; i < kTurns; ++i) turn(i, true);
+  CHECK_CUDA(cudaStreamSynchronize(stream));
+  for (const auto& buffer : y) {
+    expected.push_back(buffer.host());
+    buffer.poison();
+  }
+  cudaGraph_t captured;
+  cudaGraphExec_t graph;
+  CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  for (int i = 0; i < kTurns; ++i) turn(i, false);
+  CHECK_CUDA(cudaStreamEndCapture(stream, &captured));
+  CHECK_CUDA(cudaGraphInstantiate(&graph, captured, 0));
+  bool equal = true;
+  for (int replay = 0; replay < 3; ++replay) {
+    CHECK_CUDA(cudaGraphLaunch(graph, stream));
+    CHECK_CUDA(cudaStreamSynchronize(stream));
+    for (int i = 0; i < kTurns; ++i) {
+      equal = equal && y[i].host() == expected[i];
+      y[i].poison();
+    }
+  }
+  CHECK_CUDA(cudaGraphExecDestroy(graph));
+  CHECK_CUDA(cudaGraphDestroy(captured));
+  CHECK_CUDA(cudaStreamDestroy(stream));
+  expect(equal,
+         "chain M" + std::to_string(m) + " N" + std::to_string(n) + " K" + std::to_string(k));
 }
 
 int run(uint64_t seed, bool quick) {
@@ -341,10 +423,13 @@ int run(uint64_t seed, bool quick) {
   }
   const std::vector<int64_t> all = {1,  2,  3,  4,  5,  6,  7,  8,   9,   10,  11,  12,
                                     13, 14, 15, 16, 17, 33, 64, 127, 256, 300, 1000};
+  const std::vector<int64_t> some = {1, 2, 3, 7, 8, 9, 16, 17, 40, 65, 130};
   if (quick) {
     for (const int64_t m : {5, 40, 130}) check_sums(random, m, 136, 272, false);
     check_products(random, 144, 272, DType::kBFloat16, {1, 9, 65});
     check_products(random, 33, 100, DType::kFloat16, {3, 20});
+    check_chain(random, 2, 256, 256, Path::kStream);
+    check_chain(random, 20, 256, 256, Path::kMatrix);
   } else {
     // Around 48 KB of shared memory, from where on it must be asked for; before larger ones are.
     for (const int64_t m : {8, 16}) {
@@ -361,11 +446,16 @@ int run(uint64_t seed, bool quick) {
     check_sums(random, 130, 300, 132000, true);
     for (const DType dtype : {DType::kFloat16, DType::kBFloat16}) {
       for (const int64_t k : {5, 16, 100, 129, 1000, 4096}) {
-        check_products(random, 1 + random.below(300), k, dtype, all);
-        check_products(random, 16 * (1 + random.below(30)), k, dtype, all);
+        const auto& ms = k < 1000 ? all : some;
+        check_products(random, 1 + random.below(300), k, dtype, ms);
+        check_products(random, 16 * (1 + random.below(30)), k, dtype, ms);
       }
       check_products(random, 4096, 512, dtype, {0, 1, 4, 9, 64, 130, 300, 700});
       check_products(random, 24, 28672, dtype, {1, 2, 8, 16, 100});
+    }
+    for (const int64_t m : {1, 2, 5, 64, 300}) {
+      check_chain(random, m, 4096, 1024, Path::kMatrix);
+      check_chain(random, m, 2048, 2048, m <= 2 ? Path::kStream : Path::kMatrix);
     }
   }
   std::printf("%lld checks, %d failed\n", static_cast<long long>(checks), failures);

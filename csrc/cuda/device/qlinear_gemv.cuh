@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // y (M, N) = x (M, K) w^T for M <= 8: a matrix-vector product, bound by memory.
 //
-//   K: units of 128 to 512 columns, dealt to the W warps of a tile in turn
-//   ┌──────┬──────┬─── ─ ─ ───┬──────┬──────┬─── ─ ─
-//   │  w0  │  w1  │           │ wW-1 │  w0  │            16 rows of w: a tile, operand A
-//   └──────┴──────┴─── ─ ─ ───┴──────┴──────┴─── ─ ─
+//   K: units of 128 to 512 columns; each of the W warps of a tile has consecutive ones
+//   ┌──────┬──────┬─── ─ ─ ───┬──────┬──────┐
+//   │  w0  │  w0  │  w1   w1  │ wW-1 │ wW-1 │            16 rows of w: a tile, operand A
+//   └──────┴──────┴─── ─ ─ ───┴──────┴──────┘
 //   x waits in shared memory and is operand B, 16 x 8: its columns from M on repeat row M-1 and are
 //   dropped at the end.
 //
@@ -15,14 +15,21 @@
 // makes a table address of any byte of codes in one instruction, and the table, a pair of fp16 for
 // each byte, is there once for every lane, so no two lanes meet in a bank.
 //
-// Bytes: N * K * bits / 8 of codes and 2 or 4 per group and row, once. Bound: memory. About 1.2
+// Bytes: N * K * bits / 8 of codes and 2 or 4 per group and row, once. Bound: memory. About 0.8
 // lane-instructions per 4-bit weight, of 3.6 that an H200 can issue at its full read rate; code
 // books: a shared-memory load for two weights, close to what that can do. What memory needs is
-// bytes in flight: two units a warp, 2 KB each, 16 warps a multiprocessor, straight into registers
-// (rings in shared memory, filled by cp.async or the bulk copy engine, measured slower). On sm_90 a
-// block may arrive before the kernel in front is done: each warp asks for its first unit to come to
-// L2, where that kernel's writes arrive too, and waits. Short products are bound by what every
-// block does once.
+// bytes in flight: 4 KB a warp, 16 warps a multiprocessor, straight into registers (rings in shared
+// memory, filled by cp.async or the bulk copy engine, measured slower, and so did asking for more
+// to come to L2 ahead). All blocks together sweep through the weight; a run of its own for every
+// warp measured slower. Code is kept short: a block of a short product runs it once, from cold
+// instruction caches.
+//
+// Overlap, sm_90. Between two products lie the drain of the first, the launch, and x, which must
+// not be read before the first is done: about 2 us, of 16 for a large weight. So a block arrives
+// early and has its registers full of codes and group parameters when x comes. It may, because
+// kernels that write weights never call let_next_kernel_start(), and settle_weights() behind them
+// (wquant.h) starts when their writes are seen.
+//
 // The partial sums of the warps are added in shared memory in a fixed order.
 // Limits: M rows of K must fit in shared memory; else the tiled product takes over.
 #pragma once
@@ -35,41 +42,48 @@
 namespace kvopt::cuda {
 namespace gemv {
 
+// Whether groups have zero points; rare kinds leave that to run time.
+enum Zeros { kWithout, kWith, kEither };
+
 // What a kernel is compiled for.
-template <int kBits_, bool kBook_, int kFoldSteps_>
+template <int kBits_, bool kBook_, int kFoldSteps_, Zeros kZeros>
 struct Kind {
   static constexpr int kBits = kBits_, kFoldSteps = kFoldSteps_;
   static constexpr bool kBook = kBook_;
+  static __device__ __forceinline__ bool has_zeros(const QLinearProblem& p) {
+    return kZeros == kEither ? p.format.has_zeros() : kZeros == kWith;
+  }
   static constexpr int kUnit = unit_columns(kBits, kFoldSteps);
   static constexpr int kSteps = kUnit / kStepColumns;
   static constexpr int kSegments = kSteps / kFoldSteps;
   static constexpr int kLoads = kUnit * kBits / 256;  // 512 bytes a warp each
 };
 
-// Where a warp reads next: its units of its tiles, in that order.
+// Where a warp reads next: the units of its share of a tile, tile after tile.
 template <typename K>
 struct Cursor {
-  const uint8_t* codes;  // of this lane
-  const uint8_t* meta;
-  int tile, unit;
+  const uint8_t* codes;  // of this lane, unit 0
+  const uint8_t* meta;   // of this lane, group 0
+  int unit, first, end;  // of the tile
+  int left;              // units that exist
 
-  __device__ __forceinline__ Cursor(const QLinearProblem& p, int first_tile, int member) {
-    enter(p, first_tile, member);
-  }
-  __device__ __forceinline__ void enter(const QLinearProblem& p, int first_tile, int member) {
-    const int lane = threadIdx.x % 32;
-    tile = first_tile;
-    unit = member;
-    codes = p.packed + static_cast<int64_t>(tile) * p.tile_bytes +
-            (unit * (K::kLoads * 512) + lane * 16);
-    const int stride = p.format.has_zeros() ? 64 : 32;
+  __device__ __forceinline__ Cursor(const QLinearProblem& p, const Plan& plan, int tile, int first,
+                                    int have)
+      : unit(first), first(first), end(first + have) {
+    const int lane = threadIdx.x % 32, stride = K::has_zeros(p) ? 8 : 4;
+    codes = p.packed + static_cast<int64_t>(tile) * p.tile_bytes + lane * 16;
     meta = reinterpret_cast<const uint8_t*>(p.meta) +
-           static_cast<int64_t>(tile) * (p.groups * stride) + lane / 4 * (stride / 8);
+           (static_cast<int64_t>(tile) * p.groups * 8 + lane / 4) * stride;
+    // Not every group has a tile in the last round.
+    left = (plan.rounds - (tile + plan.last_tile >= p.tiles)) * have;
   }
-  __device__ __forceinline__ void advance(const QLinearProblem& p, const Plan& plan, int member) {
-    unit += plan.warps;
-    codes += plan.warps * (K::kLoads * 512);
-    if (unit >= plan.units) enter(p, tile + gridDim.x * plan.groups, member);
+  __device__ __forceinline__ void advance(const Plan& plan) {
+    --left;
+    if (++unit == end) {
+      unit = first;
+      codes += plan.codes_stride;
+      meta += plan.meta_stride;
+    }
   }
 };
 
@@ -79,16 +93,18 @@ struct Unit {
   uint32_t word[K::kLoads * 4];
   uint2 meta[K::kSegments];  // without zero points: .x only
 
+  // Predicates rather than a branch: ptxas would hoist the use of the previous
+  // unit, and with it the wait for its codes, above a branch, and these loads
+  // would start late.
   __device__ __forceinline__ void load(const QLinearProblem& p, const Plan& plan,
                                        const Cursor<K>& from) {
-    // Loads left in the tile. Predicates rather than a branch: ptxas would hoist the use of the
-    // previous unit, and with it the wait for its codes, above a branch, and these loads would
-    // start late.
+    const uint8_t* const at = from.codes + static_cast<uint32_t>(from.unit) * (K::kLoads * 512);
+    // Loads left in the tile.
     const int here =
-        from.tile < p.tiles ? p.blocks * kBlockColumns * K::kBits / 256 - from.unit * K::kLoads : 0;
+        from.left > 0 ? p.blocks * (kBlockColumns * K::kBits / 64) / 4 - from.unit * K::kLoads : 0;
 #pragma unroll
     for (int i = 0; i < K::kLoads; ++i) {
-      const uint4 v = i < here ? load_stream(from.codes + i * 512) : make_uint4(0, 0, 0, 0);
+      const uint4 v = i < here ? load_stream(at + i * 512) : make_uint4(0, 0, 0, 0);
       word[4 * i] = v.x;
       word[4 * i + 1] = v.y;
       word[4 * i + 2] = v.z;
@@ -98,13 +114,18 @@ struct Unit {
     for (int i = 0; i < K::kSegments; ++i) {
       const int group = group_of_step(p, plan, from.unit * K::kSteps + i * K::kFoldSteps);
       if (here > 0) {
-        if (!K::kBook && p.format.has_zeros()) {
+        if (K::has_zeros(p)) {
           meta[i] = load_8(from.meta + group * 64);
         } else {
           meta[i].x = load_4(from.meta + group * 32);
         }
       }
     }
+  }
+  // What is made of the codes is made from here on, and not all at once for every unit.
+  __device__ __forceinline__ void hold() {
+#pragma unroll
+    for (int i = 0; i < K::kLoads * 4; ++i) asm volatile("" : "+r"(word[i]));
   }
   __device__ __forceinline__ void operand(uint32_t (&a)[4], int step) const {
     Words<K::kBits> words;
@@ -133,27 +154,28 @@ struct Sums {
   float value[4] = {};
 };
 
-// Where a lane reads its share of x and of the records.
+// Where a lane reads x and the records.
 template <typename K>
 struct LaneX {
   const unsigned char* x;
   const unsigned char* record;
 
-  __device__ __forceinline__ LaneX(const unsigned char* x_share, const unsigned char* records,
+  __device__ __forceinline__ LaneX(const unsigned char* x_rows, const unsigned char* records,
                                    const QLinearProblem& p, const Plan& plan) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    x = x_share + min(g, p.m - 1) * plan.x_pitch + t * 8;
+    x = x_rows + min(g, p.m - 1) * plan.x_pitch + t * 8;
     record = records + min(t, plan.row_pairs - 1) * plan.record_pitch;
   }
 };
 
-// sums += the segment's product. `meta`: the group's parameters of rows g and g + 8.
+// sums += the segment's product. `meta`: the group's parameters of rows g and g
+// + 8.
 template <typename K>
 __device__ __forceinline__ void fold(Sums& sums, const float (&c)[2][4], int first_step,
                                      const LaneX<K>& lane, int segment, uint2 meta,
                                      const QLinearProblem& p) {
   float scale0, scale8, zero0 = p.zero, zero8 = p.zero;
-  if (!K::kBook && p.format.has_zeros()) {
+  if (K::has_zeros(p)) {
     const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&meta.x));
     const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&meta.y));
     scale0 = low.x;
@@ -194,9 +216,9 @@ __device__ __forceinline__ void fold(Sums& sums, const float (&c)[2][4], int fir
   }
 }
 
-// `part_step`: the unit's first step in the warp's part of x.
+// `first_step_of_unit`: the unit's first step in the warp's part of x.
 template <typename K>
-__device__ __forceinline__ void multiply(Sums& sums, const Unit<K>& unit, int part_step,
+__device__ __forceinline__ void multiply(Sums& sums, const Unit<K>& unit, int first_step_of_unit,
                                          const LaneX<K>& lane, const unsigned char* table,
                                          const QLinearProblem& p) {
 #pragma unroll
@@ -211,10 +233,10 @@ __device__ __forceinline__ void multiply(Sums& sums, const Unit<K>& unit, int pa
       } else {
         unit.operand(a, step);
       }
-      const uint2 b = *reinterpret_cast<const uint2*>(lane.x + (part_step + step) * 32);
+      const uint2 b = *reinterpret_cast<const uint2*>(lane.x + (first_step_of_unit + step) * 32);
       mma_16x8x16(c[s % 2], a, b);
     }
-    fold<K>(sums, c, first, lane, part_step / K::kFoldSteps + first / K::kFoldSteps,
+    fold<K>(sums, c, first, lane, first_step_of_unit / K::kFoldSteps + first / K::kFoldSteps,
             unit.meta[first / K::kFoldSteps], p);
   }
 }
@@ -228,31 +250,68 @@ __device__ __forceinline__ void fill_wide_book(unsigned char* table, Scheme sche
   for (int i = threadIdx.x; i < 256 * 32; i += blockDim.x) words[i] = narrow[i / 32];
 }
 
-// Adds the warps' sums of `slots` rounds, the first of them at tile `first`, and finishes them.
-template <typename K>
+// All that an epilogue may hold, out of the way of those that hold nothing.
+inline __device__ __noinline__ void finish_any(const Epilogue& e, int m, int n, float value0,
+                                               float value8) {
+  finish_pair(e, m, n, value0, value8);
+}
+
+template <bool kPlain>
+__device__ __forceinline__ void finish(const Epilogue& e, int m, int n, float value0,
+                                       float value8) {
+  if constexpr (!kPlain) {
+    if (!only_stores(e)) {
+      finish_any(e, m, n, value0, value8);
+      return;
+    }
+  }
+  const int64_t at = static_cast<int64_t>(m) * e.n + n;
+  if (n < e.n) store_float(e.y, at, value0, e.dtype);
+  if (n + 8 < e.n) store_float(e.y, at + 8, value8, e.dtype);
+}
+
+// The outputs of the rows that `marked` names: what is not finite in them
+// decides, the rest adds nothing to it.
+template <int kBits, bool kPlain>
+__device__ __forceinline__ void finish_special(const QLinearProblem& p, const Plan& plan,
+                                               uint32_t marked) {
+#pragma unroll 1
+  for (int m = 0; m < p.m; ++m) {
+    if ((marked >> m & 1) == 0) continue;
+#pragma unroll 1
+    for (int tile = blockIdx.x * plan.groups; tile < p.tiles; tile += gridDim.x * plan.groups) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < plan.groups * 8; i += blockDim.x) {
+        const int n = (tile + i / 8) * 16 + i % 8;
+        if (tile + i / 8 >= p.tiles) continue;
+        float value[2];
+#pragma unroll 1
+        for (int j = 0; j < 2; ++j) value[j] = special_sum<kBits>(p, m, n + 8 * j);
+        finish<kPlain>(p.epilogue, m, n, value[0], value[1]);
+      }
+    }
+  }
+}
+
+// Adds the warps' sums of `slots` rounds, the first of them at tile `first`,
+// and finishes them. Sums: [slot][group][warp][row of x][row of the tile].
+template <typename K, bool kPlain>
 __device__ __forceinline__ void add_partials(const QLinearProblem& p, const Plan& plan,
-                                             const float* partial, const uint32_t& special,
-                                             int first, int slots, bool last) {
-  __syncthreads();
-  // Outputs [slot][group][row of x][row pair of the tile].
+                                             const float* partial, uint32_t marked, int first,
+                                             int slots) {
   const int outputs = slots * plan.groups * p.m * 8;
   const int tile_stride = gridDim.x * plan.groups, tile_floats = 16 * p.m;
 #pragma unroll 1
   for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
     const int g = i % 8;
-    int m = 0, which = i / 8;
-    if (p.m > 1) {
-      m = which % p.m;
-      which /= p.m;
-    }
-    int tile = first + which * tile_stride;
-    if (plan.groups > 1) {
-      tile = first + which / plan.groups * tile_stride + which % plan.groups;
-      if (tile >= p.tiles) continue;
-    }
+    const int which = divide(i / 8, plan.rows_reciprocal), m = i / 8 - which * p.m;
+    if (marked >> m & 1) continue;
+    const int slot = divide(which, plan.groups_reciprocal);
+    const int tile = first + slot * tile_stride + which - slot * plan.groups;
+    if (tile >= p.tiles) continue;
     const float* source = partial + which * plan.warps * tile_floats + m * 16 + g;
     float value0 = 0, value8 = 0;
-#pragma unroll 8
+#pragma unroll 4
     for (int w = 0; w < plan.warps; ++w) {
       value0 += source[w * tile_floats];
       value8 += source[w * tile_floats + 8];
@@ -261,84 +320,60 @@ __device__ __forceinline__ void add_partials(const QLinearProblem& p, const Plan
       value0 *= kRawUnit;
       value8 *= kRawUnit;
     }
-    if (__builtin_expect(special >> m & 1, 0)) {
-      value0 += special_sum<K::kBits>(p, m, tile * 16 + g);
-      value8 += special_sum<K::kBits>(p, m, tile * 16 + g + 8);
-    }
-    finish_pair(p.epilogue, m, tile * 16 + g, value0, value8);
+    finish<kPlain>(p.epilogue, m, tile * 16 + g, value0, value8);
   }
-  if (!last) __syncthreads();
 }
 
-template <typename K>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+template <typename K, int kWarps, int kDepth>
+__global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     qlinear_gemv_kernel(const __grid_constant__ QLinearProblem p,
                         const __grid_constant__ Plan plan) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (kWarps == kEarlyWarps) return;  // never launched there
+#endif
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint32_t special;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int member = warp, group = 0;
-  if (plan.groups > 1) {
-    member = warp % plan.warps;
-    group = warp / plan.warps;
-  }
-  const int tile_stride = gridDim.x * plan.groups, block_first = blockIdx.x * plan.groups;
+  const int group = divide(warp, plan.warps_reciprocal), member = warp - group * plan.warps;
+  const int first = member * plan.turns, have = min(plan.turns, plan.units - first);
+  const int tile = blockIdx.x * plan.groups + group, tile_stride = gridDim.x * plan.groups;
 
-  let_next_kernel_start();
-  Cursor<K> cursor(p, block_first + group, member);
-  {
-    // 128 bytes a lane: kLoads * 4 lines a unit.
-    Cursor<K> ahead = cursor;
-    for (int i = 0; i < plan.prefetch; ++i) {
-      const int offset = ahead.unit * (K::kLoads * 512) + lane * 128;
-      if (lane < K::kLoads * 4 && ahead.tile < p.tiles && offset < p.tile_bytes) {
-        prefetch_l2(ahead.codes + lane * (128 - 16));
-      }
-      ahead.advance(p, plan, member);
-    }
+  Cursor<K> cursor(p, plan, tile, first, have);
+  Unit<K> ring[kDepth];
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) {
+    ring[i].load(p, plan, cursor);
+    cursor.advance(plan);
   }
   if (threadIdx.x == 0) special = 0;
+  auto* const absmax = reinterpret_cast<uint32_t*>(shared + plan.absmax_at);
+  if (kWarps != kEarlyWarps && p.activation_bits == 8) {
+    for (int i = threadIdx.x; i < p.groups * p.m; i += blockDim.x) absmax[i] = 0;
+  }
   if constexpr (K::kBook) fill_wide_book(shared, p.format.scheme);
   __syncthreads();
-  unsigned char* const x = shared + plan.x_at + warp * plan.x_share;
-  unsigned char* const records = shared + plan.record_at + warp * plan.record_share;
-  auto* const absmax = reinterpret_cast<uint32_t*>(shared + plan.absmax_at);
-  const LaneX<K> lane_x(x, records, p, plan);
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
-  Unit<K> first_unit, second_unit;
-  const auto load_next = [&](Unit<K>& unit) {
-    unit.load(p, plan, cursor);
-    cursor.advance(p, plan, member);
-  };
-  load_next(first_unit);
-  if (!plan.direct_x) copy_x<K::kUnit>(x, p, plan, member);
-  if (p.activation_bits == 8) {
-    for (int i = threadIdx.x; i < p.groups * p.m; i += blockDim.x) absmax[i] = 0;
-    __syncthreads();
-    find_absmax<K::kUnit>(absmax, x, p, plan, member);
-    __syncthreads();
-  }
-  stage_x<K::kUnit, K::kFoldSteps>(x, records, absmax, &special, p, plan, member);
-  __syncwarp();
+  unsigned char* const x = shared + plan.x_at;
+  unsigned char* const records = shared + plan.record_at;
+  stage_x<K::kFoldSteps, kWarps == kEarlyWarps>(x, records, absmax, &special, p, plan,
+                                                plan.units * K::kUnit);
+  __syncthreads();
 
+  const LaneX<K> lane_x(x, records, p, plan);
   const unsigned char* const table = shared + lane * 4;
   auto* const partial = reinterpret_cast<float*>(shared + plan.partial_at);
-  const int tile_floats = 16 * p.m;  // of one warp
+  const int tile_floats = 16 * p.m;
+  const uint32_t marked = special;
   Sums sums;
-  int unit = member, part_step = 0, slot = 0, block_tile = block_first;
-
-  // Uses one unit; after a tile's last one stores the warp's sums, and when these have filled
-  // their place adds the warps' sums. True when the block's last tile is done.
-  const auto use = [&](const Unit<K>& loaded) -> bool {
-    multiply<K>(sums, loaded, part_step, lane_x, table, p);
-    unit += plan.warps;
-    part_step += K::kSteps;
-    if (unit < plan.units) return false;
-    unit = member;
-    part_step = 0;
-    // Partial sums: [slot][group][member][row of x][row of the tile].
-    float* const target = partial + (slot * plan.block_warps() + warp) * tile_floats + lane / 4;
+  int unit = first;
+  float* target = partial;
+  // Uses one unit; a tile's last one leaves the warp's sums in their place.
+  const auto use = [&](const Unit<K>& loaded) {
+    multiply<K>(sums, loaded, unit * K::kSteps, lane_x, table, p);
+    if (++unit < first + have) return;
+    unit = first;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int m = lane % 4 * 2 + j;
@@ -348,43 +383,77 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       }
     }
     sums = {};
-    ++slot;
-    const bool last = block_tile + tile_stride >= p.tiles;
-    if (slot == plan.slots || last) {
-      add_partials<K>(p, plan, partial, special, block_tile - (slot - 1) * tile_stride, slot, last);
-      slot = 0;
-    }
-    block_tile += tile_stride;
-    return last;
+    target += plan.block_warps() * tile_floats;
   };
-
-  while (true) {
-    load_next(second_unit);
-    if (use(first_unit)) break;
-    load_next(first_unit);
-    if (use(second_unit)) break;
+  constexpr bool kEarly = kWarps == kEarlyWarps;
+  for (int round = 0; round < (kEarly ? 1 : plan.rounds); round += plan.slots) {
+    const int slots = min(plan.slots, plan.rounds - round), count = slots * have;
+    target = partial + warp * tile_floats + lane / 4;
+    if constexpr (kEarly) {  // everything is loaded already
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) {
+        if (i >= count) continue;
+        ring[i].hold();
+        use(ring[i]);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < count; i += kDepth) {
+#pragma unroll
+        for (int d = 0; d < kDepth; ++d) {
+          if (i + d >= count) continue;
+          use(ring[d]);
+          ring[d].load(p, plan, cursor);
+          cursor.advance(plan);
+        }
+      }
+    }
+    __syncthreads();
+    add_partials<K, kEarly>(p, plan, partial, marked,
+                            blockIdx.x * plan.groups + round * tile_stride, slots);
+    if (round + plan.slots < plan.rounds) __syncthreads();
+  }
+  if (__builtin_expect(marked != 0, 0)) {
+    finish_special<K::kBits, kWarps == kEarlyWarps>(p, plan, marked);
   }
 }
 
-template <typename K>
-int launch(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
-  const Plan plan = make_plan(p, device);
-  return launch_kernel(qlinear_gemv_kernel<K>, dim3(plan.grid), plan.block_warps() * 32,
-                       plan.shared_bytes, device.sm >= 90, stream, p, plan);
+template <typename K, int kWarps, int kDepth>
+int launch(const QLinearProblem& p, const Plan& plan, const Device& device, cudaStream_t stream) {
+  return launch_kernel(qlinear_gemv_kernel<K, kWarps, kDepth>, dim3(plan.grid),
+                       plan.block_warps() * 32, plan.shared_bytes, device.sm >= 90, stream, p,
+                       plan);
+}
+
+template <int kBits, bool kBook, Zeros kZeros>
+int launch_kind(const QLinearProblem& p, const Plan& plan, const Device& device,
+                cudaStream_t stream) {
+  if (fold_steps(p) == 4) {
+    return launch<Kind<kBits, kBook, 4, kZeros>, kWideWarps, kWideDepth>(p, plan, device, stream);
+  }
+  if (plan.early) {
+    return launch<Kind<kBits, kBook, 8, kZeros>, kEarlyWarps, kEarlyDepth>(p, plan, device, stream);
+  }
+  return launch<Kind<kBits, kBook, 8, kZeros>, kWideWarps, kWideDepth>(p, plan, device, stream);
 }
 
 // One translation unit for each, so that they compile side by side.
 template <int kBits, bool kBook>
 int launch_bits(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
+  constexpr Zeros kRare = kBook ? kWithout : kEither;
+  const Plan plan = make_plan(p, device);
   switch (fold_steps(p)) {
-    case 8:
-      return launch<Kind<kBits, kBook, 8>>(p, device, stream);
-    case 4:
-      return launch<Kind<kBits, kBook, 4>>(p, device, stream);
+    case 1:
+      return launch<Kind<kBits, kBook, 1, kRare>, kWideWarps, kWideDepth>(p, plan, device, stream);
     case 2:
-      return launch<Kind<kBits, kBook, 2>>(p, device, stream);
+      return launch<Kind<kBits, kBook, 2, kRare>, kWideWarps, kWideDepth>(p, plan, device, stream);
     default:
-      return launch<Kind<kBits, kBook, 1>>(p, device, stream);
+      if constexpr (!kBook) {
+        if (p.format.has_zeros()) {
+          return launch_kind<kBits, kBook, kWith>(p, plan, device, stream);
+        }
+      }
+      return launch_kind<kBits, kBook, kWithout>(p, plan, device, stream);
   }
 }
 

@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The activations of a matrix-vector product: every warp brings its own columns of x to shared
-// memory as the tensor cores want them, and what it takes to make fp16 of any input exact.
+// The activations of a matrix-vector product: the block brings x to shared
+// memory as the tensor cores want it, and what it takes to make fp16 of any
+// input exact.
 //
-// A segment is `kFoldSteps` steps of 16 columns, inside one group of the weight. Per segment and
-// row of x the product sees fp16 numbers v, and two fp32 numbers, the record: x = unit * v and
-// sum = unit * (sum of v) * 2^-24.
+// A segment is `kFoldSteps` steps of 16 columns, inside one group of the
+// weight. Per segment and row of x the product sees fp16 numbers v, and two
+// fp32 numbers, the record: x = unit * v and sum = unit * (sum of v) * 2^-24.
 //   fp16                  v = x, unit = 1
-//   bf16, or with input_scale   unit = the power of two that brings the segment's largest to
+//   bf16 or input_scale   unit = the power of two that brings the segment's largest number to
 //                         [2^14, 2^15): exact but for what is 2^-29 of it
 //   8-bit activations     v = round(x / s), unit = s: exact integers
-// Infinities and NaN are staged as 0 and their row is marked; marked rows add them at the end, one
-// by one (special_sum), since 0 * inf would make NaN of codes that only the zero point makes
-// nonzero.
+// Infinities and NaN are staged as 0 and their row is marked; the outputs of a
+// marked row are made of them alone, one by one (special_sum): times a level
+// they are infinite or NaN, whatever the rest adds, but 0 * inf would make NaN
+// of codes that only the zero point makes nonzero.
 //
-// Step s of row m: 32 bytes at m * x_pitch + 32 s; lane t of four finds columns 2t, 2t+1, 2t+8,
-// 2t+9 in its 8 bytes. The pitch is 32 mod 128 bytes, so the eight rows of a load meet all banks.
+// Step s of row m: 32 bytes at m * x_pitch + 32 s; lane t of four finds columns
+// 2t, 2t+1, 2t+8, 2t+9 in its 8 bytes. The pitch is 32 mod 128 bytes, so the
+// eight rows of a load meet all banks.
 #pragma once
 
 #include "cuda/device/copy.cuh"
@@ -25,9 +28,8 @@ namespace kvopt::cuda::gemv {
 
 constexpr uint32_t kNotFinite = 0x7F800000;
 
-// Eight columns of a row of x times input_scale, zeros past the end.
-__device__ __forceinline__ void to_floats(float (&v)[8], const QLinearProblem& p, uint4 bits,
-                                          int column) {
+// Eight numbers of x's type.
+__device__ __forceinline__ void to_floats(float (&v)[8], const QLinearProblem& p, uint4 bits) {
   const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -40,12 +42,23 @@ __device__ __forceinline__ void to_floats(float (&v)[8], const QLinearProblem& p
       v[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000);
     }
   }
-  if (p.input_scale != nullptr) {
+}
+
+// Eight columns of a row, zeros past its end.
+__device__ __forceinline__ uint4 load_columns(const QLinearProblem& p, const void* row,
+                                              int column) {
+  const auto* const source = static_cast<const uint16_t*>(row);
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (p.aligned && reinterpret_cast<uintptr_t>(source) % 16 == 0) {
+    if (column < p.k) v = load_16(source + column);
+  } else {
+    auto* const words = reinterpret_cast<uint32_t*>(&v);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (column + i < p.k) v[i] *= load_float(p.input_scale, column + i, p.dtype);
+      if (column + i < p.k) words[i / 2] |= uint32_t{source[column + i]} << i % 2 * 16;
     }
   }
+  return v;
 }
 
 // Bits of the largest magnitude; kNotFinite or more when one is not finite.
@@ -61,103 +74,15 @@ __device__ __forceinline__ uint32_t pack_halves(float a, float b) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Column of the row that is the first of eight, `half` half steps into the part of warp `member`.
-template <int kUnit>
-__device__ __forceinline__ int column_of(const Plan& plan, int member, int half) {
-  return (half / (kUnit / 8) * plan.warps + member) * kUnit + half % (kUnit / 8) * 8;
-}
-
-// The warp's part of x, as it is, to where it will be staged.
-template <int kUnit>
-__device__ __forceinline__ void copy_x(unsigned char* x, const QLinearProblem& p, const Plan& plan,
-                                       int member) {
-  const int halves = plan.part_columns / 8;
-#pragma unroll 1
-  for (int row = 0; row < p.m; ++row) {
-    const auto* source = static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(row) * p.k;
-    auto* const target = reinterpret_cast<uint16_t*>(x + row * plan.x_pitch);
-#pragma unroll 1
-    for (int half = threadIdx.x % 32; half < halves; half += 32) {
-      const int column = column_of<kUnit>(plan, member, half);
-      if (p.aligned) {
-        if (column >= p.k) continue;
-#if __CUDA_ARCH__ >= 800
-        copy_async_16(target + half * 8, source + column, 16);
-#else
-        *reinterpret_cast<uint4*>(target + half * 8) = load_16(source + column);
-#endif
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < 8; ++i) {
-          target[half * 8 + i] = column + i < p.k ? source[column + i] : 0;
-        }
-      }
-    }
-  }
-#if __CUDA_ARCH__ >= 800
-  copy_async_commit();
-  copy_async_wait<0>();
-#endif
-  __syncwarp();
-}
-
-// The warp's items are (row, half a step), eight columns each, in that order. `use` sees all lanes,
-// so that it may shuffle; `valid` says whether the item exists.
-template <int kUnit, typename Use>
-__device__ __forceinline__ void for_each_item(const QLinearProblem& p, const Plan& plan,
-                                              const unsigned char* x, int member, const Use& use) {
-  const int halves = plan.part_columns / 8;
-  int row = 0, half = threadIdx.x % 32;
-  const auto settle = [&] {
-    while (half >= halves && row < p.m) {
-      half -= halves;
-      ++row;
-    }
-  };
-  const auto load = [&]() -> uint4 {
-    const int column = column_of<kUnit>(plan, member, half);
-    if (row >= p.m || column >= p.k) return make_uint4(0, 0, 0, 0);
-    if (!plan.direct_x) return *reinterpret_cast<const uint4*>(x + row * plan.x_pitch + half * 16);
-    return load_16(static_cast<const __half*>(p.x) + static_cast<int64_t>(row) * p.k + column);
-  };
-  settle();
-  uint4 next = load();
-#pragma unroll 1
-  for (int item = 0; item < halves * p.m; item += 32) {
-    const uint4 bits = next;
-    const int this_row = row, this_half = half;
-    half += 32;
-    settle();
-    next = load();
-    __syncwarp();  // an item is staged where others of this turn were read
-    use(bits, this_row, this_half, this_row < p.m);
-  }
-}
-
-// 8-bit activations: the largest magnitude of each group and row, for the whole block. `absmax` is
-// zero on entry; the block synchronises before and after.
-template <int kUnit>
-__device__ __forceinline__ void find_absmax(uint32_t* absmax, const unsigned char* x,
-                                            const QLinearProblem& p, const Plan& plan, int member) {
-  for_each_item<kUnit>(p, plan, x, member, [&](uint4 bits, int row, int half, bool valid) {
-    if (!valid) return;
-    float v[8];
-    const int column = column_of<kUnit>(plan, member, half);
-    to_floats(v, p, bits, column);
-    const int group = group_of_step(p, plan, column / kStepColumns);
-    atomicMax(&absmax[group * p.m + row], largest_bits(v));
-  });
-}
-
 // Anything but fp16 as it is: v to fp16 pairs, see above. Returns `unit`.
 template <int kFoldSteps>
 __device__ __forceinline__ float convert(uint32_t (&pairs)[4], float (&v)[8],
                                          const uint32_t* absmax, const QLinearProblem& p,
-                                         const Plan& plan, int row, int column, bool valid) {
+                                         const Plan& plan, int row, int column) {
   float unit = 1;
   if (p.activation_bits == 8) {
     const int group = group_of_step(p, plan, column / kStepColumns);
-    const float size = valid ? __uint_as_float(absmax[group * p.m + row]) : 0.0f;
+    const float size = __uint_as_float(absmax[group * p.m + row]);
     // Less is as good as nothing; not finite: special_sum answers for the row.
     const bool usable = size > 0x1p-100f && __float_as_uint(size) < kNotFinite;
     unit = usable ? __fdiv_rn(size, 127) : 0.0f;
@@ -185,62 +110,143 @@ __device__ __forceinline__ float convert(uint32_t (&pairs)[4], float (&v)[8],
   return unit;
 }
 
-// x, records: of this warp. special: bit m is set when row m holds a number that is not finite.
-template <int kUnit, int kFoldSteps>
-__device__ __forceinline__ void stage_x(unsigned char* x, unsigned char* records,
-                                        const uint32_t* absmax, uint32_t* special,
-                                        const QLinearProblem& p, const Plan& plan, int member) {
-  const bool plain =
-      p.activation_bits != 8 && p.dtype == DType::kFloat16 && p.input_scale == nullptr;
-  for_each_item<kUnit>(p, plan, x, member, [&](uint4 bits, int row, int half, bool valid) {
-    uint32_t pairs[4] = {bits.x, bits.y, bits.z, bits.w};
-    float unit = 1;
-    if (plain) {
-      uint32_t top = 0;  // the sign of a half is set where its exponent is all ones
+// Eight columns, the `half`-th of row `row`, go to their place, and the
+// segment's record with its first. All lanes of a warp, consecutive halves;
+// `valid`: there is such a half.
+template <int kFoldSteps>
+__device__ __forceinline__ void place_x(unsigned char* x, unsigned char* records,
+                                        const uint32_t (&pairs)[4], float unit, const Plan& plan,
+                                        int row, int half, bool valid) {
+  float sum = 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) top |= (pairs[i] & 0x7FFF7FFF) + 0x04000400;
-      if ((top & 0x80008000) != 0) {
-        atomicOr(special, 1u << row);
+  for (int i = 0; i < 4; ++i) {
+    const float2 stored = __half22float2(*reinterpret_cast<const __half2*>(&pairs[i]));
+    sum += stored.x + stored.y;
+  }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t bad = ((pairs[i] & 0x7FFF7FFF) + 0x04000400) & 0x80008000;
-          pairs[i] &= ~((bad >> 15) * 0xFFFF);
-        }
+  for (int offset = 1; offset < 2 * kFoldSteps; offset *= 2) {
+    sum += __shfl_xor_sync(0xFFFFFFFF, sum, offset);
+  }
+  if (!valid) return;
+  auto* const target =
+      reinterpret_cast<uint32_t*>(x + row * plan.x_pitch + half / 2 * 32 + half % 2 * 4);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) target[2 * i] = pairs[i];
+  if (half % (2 * kFoldSteps) == 0) {
+    *reinterpret_cast<float2*>(records + row / 2 * plan.record_pitch +
+                               half / (2 * kFoldSteps) * 16 + row % 2 * 8) =
+        make_float2(unit, sum * 0x1p-24f * unit);
+  }
+}
+
+// fp16 as it is: infinities and NaN become 0 and mark their row.
+__device__ __forceinline__ void clear_special(uint32_t (&pairs)[4], uint32_t* special, int row) {
+  uint32_t top = 0;  // the sign of a half is set where its exponent is all ones
+#pragma unroll
+  for (int i = 0; i < 4; ++i) top |= (pairs[i] & 0x7FFF7FFF) + 0x04000400;
+  if ((top & 0x80008000) == 0) return;
+  atomicOr(special, 1u << row);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t bad = ((pairs[i] & 0x7FFF7FFF) + 0x04000400) & 0x80008000;
+    pairs[i] &= ~((bad >> 15) * 0xFFFF);
+  }
+}
+
+// Pieces of fp16 rows: one row's at a distance of the block's threads, or those of four rows. Four
+// loads of a thread are under way together.
+template <bool kOneRow, int kFoldSteps>
+__device__ __forceinline__ void stage_plain(unsigned char* x, unsigned char* records,
+                                            uint32_t* special, const QLinearProblem& p,
+                                            const Plan& plan, int row, int halves) {
+  constexpr int kTogether = 4;
+  const int threads = blockDim.x;
+#pragma unroll 1
+  for (int first = threadIdx.x & ~31; first < halves; first += kOneRow ? 4 * threads : threads) {
+    uint4 bits[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int half = first + (kOneRow ? i * threads : 0) + threadIdx.x % 32;
+      const bool there = (kOneRow || row + i < p.m) && half * 8 < p.k;
+      bits[i] = make_uint4(0, 0, 0, 0);
+      if (there) {
+        bits[i] = load_16(static_cast<const __half*>(p.x) +
+                          static_cast<int64_t>(kOneRow ? row : row + i) * p.k + half * 8);
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int start = first + (kOneRow ? i * threads : 0), half = start + threadIdx.x % 32;
+      const int this_row = kOneRow ? row : row + i;
+      if (this_row >= p.m || start >= halves) break;
+      uint32_t pairs[4] = {bits[i].x, bits[i].y, bits[i].z, bits[i].w};
+      clear_special(pairs, special, this_row);
+      place_x<kFoldSteps>(x, records, pairs, 1.0f, plan, this_row, half, half < halves);
+    }
+  }
+}
+
+// All of x, by all threads of the block. special: bit m is set when row m holds
+// a number that is not finite. absmax: zero on entry; 8-bit activations need a
+// pass of their own to find it.
+template <int kFoldSteps, bool kOnePlainRow>
+__device__ __forceinline__ void stage_x(unsigned char* x, unsigned char* records, uint32_t* absmax,
+                                        uint32_t* special, const QLinearProblem& p,
+                                        const Plan& plan, int columns) {
+  const int halves = columns / 8;
+  if constexpr (kOnePlainRow) {
+    stage_plain<true, kFoldSteps>(x, records, special, p, plan, 0, halves);
+    return;
+  }
+  if (is_plain(p)) {
+    if (p.m == 1) {
+      stage_plain<true, kFoldSteps>(x, records, special, p, plan, 0, halves);
     } else {
-      float v[8];
-      const int column = column_of<kUnit>(plan, member, half);
-      to_floats(v, p, bits, column);
-      if (largest_bits(v) >= kNotFinite) {
-        atomicOr(special, 1u << row);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if ((__float_as_uint(v[i]) & 0x7FFFFFFF) >= kNotFinite) v[i] = 0;
-        }
+#pragma unroll 1
+      for (int row = 0; row < p.m; row += 4) {
+        stage_plain<false, kFoldSteps>(x, records, special, p, plan, row, halves);
       }
-      unit = convert<kFoldSteps>(pairs, v, absmax, p, plan, row, column, valid);
     }
-    float sum = 0;
+    return;
+  }
+#pragma unroll 1
+  for (int pass = p.activation_bits == 8 ? 0 : 1; pass < 2; ++pass) {
+#pragma unroll 1
+    for (int row = 0; row < p.m; ++row) {
+#pragma unroll 1
+      for (int first = threadIdx.x & ~31; first < halves; first += blockDim.x) {
+        const int half = first + threadIdx.x % 32, column = half * 8;
+        float v[8];
+        to_floats(
+            v, p,
+            load_columns(p, static_cast<const uint16_t*>(p.x) + static_cast<int64_t>(row) * p.k,
+                         column));
+        if (p.input_scale != nullptr) {
+          float scale[8];
+          to_floats(scale, p, load_columns(p, p.input_scale, column));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 stored = __half22float2(*reinterpret_cast<const __half2*>(&pairs[i]));
-      sum += stored.x + stored.y;
-    }
+          for (int i = 0; i < 8; ++i) v[i] *= scale[i];
+        }
+        const uint32_t largest = largest_bits(v);
+        if (pass == 0) {
+          const int group = group_of_step(p, plan, column / kStepColumns);
+          atomicMax(&absmax[group * p.m + row], largest);
+          continue;
+        }
+        if (largest >= kNotFinite) {
+          atomicOr(special, 1u << row);
 #pragma unroll
-    for (int offset = 1; offset < 2 * kFoldSteps; offset *= 2) {
-      sum += __shfl_xor_sync(0xFFFFFFFF, sum, offset);
+          for (int i = 0; i < 8; ++i) {
+            if ((__float_as_uint(v[i]) & 0x7FFFFFFF) >= kNotFinite) v[i] = 0;
+          }
+        }
+        uint32_t pairs[4];
+        const float unit = convert<kFoldSteps>(pairs, v, absmax, p, plan, row, column);
+        place_x<kFoldSteps>(x, records, pairs, unit, plan, row, half, half < halves);
+      }
     }
-    if (!valid) return;
-    auto* const target =
-        reinterpret_cast<uint32_t*>(x + row * plan.x_pitch + half / 2 * 32 + half % 2 * 4);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) target[2 * i] = pairs[i];
-    if (half % (2 * kFoldSteps) == 0) {
-      *reinterpret_cast<float2*>(records + row / 2 * plan.record_pitch +
-                                 half / (2 * kFoldSteps) * 16 + row % 2 * 8) =
-          make_float2(unit, sum * 0x1p-24f * unit);
-    }
-  });
+    if (pass == 0) __syncthreads();
+  }
 }
 
 // What the numbers of row m that are not finite add to output n.

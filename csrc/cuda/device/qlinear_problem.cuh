@@ -120,8 +120,9 @@ int launch_simt(const QLinearProblem& p, const Device& device, cudaStream_t stre
 
 // Launches `kernel`. overlap: its blocks may take their places while the kernel before it in the
 // stream still runs (programmatic dependent launch, sm_90). Such a kernel calls
-// wait_for_previous_kernel() before its first read or write of global memory, so stream order holds
-// as ever; what is saved is the launch, some 0.4 us of 3 for a small product.
+// wait_for_previous_kernel() before its first write and its first read of anything but weights,
+// which settle_weights() (wquant.h) lets it read ahead, so stream order holds as ever; what is
+// saved is the launch, some 0.4 us of 3 for a small product, and the first trip to memory.
 // let_next_kernel_start() says from where on the next kernel's blocks are welcome. Not for every
 // kernel: blocks that arrive early can crowd onto few multiprocessors, which cost the fp32 kernel
 // up to a quarter.

@@ -156,21 +156,28 @@ __device__ __forceinline__ void load_words(uint32_t (&word)[kWords], const void*
   }
 }
 
+// Scales of rows m and m + 8 of x, to be read long before they are needed.
+struct RowScales {
+  bool exists[2];
+  float scale[2];
+
+  __device__ __forceinline__ RowScales(const RowsEpilogue& e, int m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      exists[half] = m + 8 * half < e.parts.m;
+      scale[half] = exists[half] ? e.parts.row_scale[m + 8 * half] : 0.0f;
+    }
+  }
+};
+
 // Rows m and m + 8, kPairs pairs of columns from `first` on; `sums(j, half)` are the int32 sums of
 // pair j in row m + 8 half. `first` is a multiple of 16, kPairs even. Every lane of the warp calls
 // it, also for rows past the last. Only where RowsEpilogue::words.
 template <int kPairs, typename Columns, typename Sums>
-__device__ __forceinline__ void finish_rows(const RowsEpilogue& e, const Columns& c, int m,
-                                            int first, Sums sums) {
+__device__ __forceinline__ void finish_rows(const RowsEpilogue& e, const Columns& c,
+                                            const RowScales& rows, int m, int first, Sums sums) {
   const Epilogue& q = e.parts;
   const auto* y = static_cast<uint16_t*>(q.y);
-  bool exists[2];
-  float row_scale[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    exists[half] = m + 8 * half < q.m;
-    row_scale[half] = exists[half] ? q.row_scale[m + 8 * half] : 0.0f;
-  }
   // kCount pairs from pair j on, before the activation.
   const auto before = [&]<int kCount>(float2(&v)[kCount], int j, int half) {
 #pragma unroll
@@ -178,12 +185,12 @@ __device__ __forceinline__ void finish_rows(const RowsEpilogue& e, const Columns
       const int2 sum = sums(j + i, half);
       const float2 scale = unpack_two(c.scale(j + i), DType::kFloat16);
       const float2 bias = unpack_two(c.bias(j + i), q.dtype);
-      v[i].x = fmaf(static_cast<float>(sum.x) * scale.x, row_scale[half], bias.x);
-      v[i].y = fmaf(static_cast<float>(sum.y) * scale.y, row_scale[half], bias.y);
+      v[i].x = fmaf(static_cast<float>(sum.x) * scale.x, rows.scale[half], bias.x);
+      v[i].y = fmaf(static_cast<float>(sum.y) * scale.y, rows.scale[half], bias.y);
     }
     if (q.addend != nullptr) {
       uint32_t word[kCount];
-      load_words(word, q.addend, exists[half], m + 8 * half, first + 8 * j, q.n);
+      load_words(word, q.addend, rows.exists[half], m + 8 * half, first + 8 * j, q.n);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) add_two(v[i], word[i], q.dtype);
     }
@@ -191,14 +198,14 @@ __device__ __forceinline__ void finish_rows(const RowsEpilogue& e, const Columns
   const auto after = [&]<int kCount>(float2(&v)[kCount], int column, int width, int half) {
     uint32_t word[kCount];
     if (q.residual != nullptr) {
-      load_words(word, q.residual, exists[half], m + 8 * half, column, width);
+      load_words(word, q.residual, rows.exists[half], m + 8 * half, column, width);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) add_two(v[i], word[i], q.dtype);
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) word[i] = pack_two(v[i], q.dtype);
     uint16_t* row =
-        exists[half] ? const_cast<uint16_t*>(y) + int64_t{m + 8 * half} * width : nullptr;
+        rows.exists[half] ? const_cast<uint16_t*>(y) + int64_t{m + 8 * half} * width : nullptr;
     store_words(row, column, width, word);
   };
   if (q.swiglu) {

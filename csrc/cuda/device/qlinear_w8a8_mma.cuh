@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(T::kThreads, 2) mma_kernel(Operands o, RowsEpi
       return make_int2(sum[i][j][2 * half], sum[i][j][2 * half + 1]);
     };
     if (epilogue.words) {
-      finish_rows<T::kBlocksN>(epilogue, columns, row, first, sums);
+      finish_rows<T::kBlocksN>(epilogue, columns, RowScales(epilogue, row), row, first, sums);
     } else {
       finish_rows_slowly<T::kBlocksN>(epilogue, row, first, sums);
     }

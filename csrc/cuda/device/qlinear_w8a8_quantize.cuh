@@ -3,11 +3,11 @@
 // One definition for the prologue's kernels and for the products that quantise x themselves, so
 // that every path sees the same integers.
 //
-// X = round-half-even(v / s), s = max |v| / 127, both in fp32 with true division. v * (1 / s) in
-// one fma that also rounds to an integer is off by less than 2^-15, so it decides unless it comes
-// within 2^-14 of a tie; only then is the division done (one time in 2^13). Magnitudes are compared
-// as bit patterns: positive fp32 numbers are ordered like integers, infinity and NaN come last and
-// so survive the maximum.
+// X = round-half-even(v / s), s = max |v| / 127, both in fp32 with true division. The quotient lies
+// between v * (1 / s) * (1 - 2^-22) and v * (1 / s) * (1 + 2^-22), whatever was rounded on the way:
+// two fma, which round to integers as well. Only where they differ (one time in 2^14 or less) is
+// the division done. Magnitudes are compared as bit patterns: positive fp32 numbers are ordered
+// like integers, infinity and NaN come last and so survive the maximum.
 #pragma once
 
 #include <cstdint>
@@ -182,14 +182,15 @@ constexpr float kIntegerUnit = 12582912.0f;  // 1.5 * 2^23: numbers of this size
 // The integers of eight numbers, each plus kIntegerUnit, so that they are the low bits as well.
 __device__ __forceinline__ void round_8(float (&integer)[8], const float (&v)[8], float scale,
                                         float inverse) {
-  float farthest = 0;
+  const float low = inverse * (1.0f - 0x1p-22f), high = inverse * (1.0f + 0x1p-22f);
+  uint32_t different = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    integer[i] = fmaf(v[i], inverse, kIntegerUnit);
-    farthest = fmaxf(farthest, fabsf(fmaf(v[i], inverse, kIntegerUnit - integer[i])));
+    integer[i] = fmaf(v[i], low, kIntegerUnit);
+    different |= __float_as_uint(integer[i]) ^ __float_as_uint(fmaf(v[i], high, kIntegerUnit));
   }
   // Scales so small that their inverse is rough are left to the division as well.
-  if ((farthest > 0.5f - 0x1p-14f || scale < 0x1p-120f) && scale > 0) {
+  if ((different != 0 || scale < 0x1p-120f) && scale > 0) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       integer[i] = fminf(fmaxf(rintf(__fdiv_rn(v[i], scale)), -127.0f), 127.0f) + kIntegerUnit;

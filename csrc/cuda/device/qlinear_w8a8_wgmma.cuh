@@ -5,7 +5,8 @@
 //             both operands from shared memory (m64nNk32: at N = 256 the tensor cores are busy for
 //             128 cycles and read 80 bytes of shared memory in each of them)
 //   stage     128 columns of K of both, brought by one tensor copy each, 128-byte swizzle; a
-//             producer warp keeps kStages of them coming, also across the end of a tile
+//             producer warp keeps kStages of them coming, also across the end of a tile. The first
+//             kStages copies of W do not wait for the kernel that makes x
 //   cluster   for products with few tiles: its blocks take different parts of K of one tile and add
 //             up through distributed shared memory, each its share of the columns (int32: any
 //             order is exact). Sharing W in a cluster by multicast was a fifth slower than letting
@@ -71,11 +72,12 @@ __device__ __forceinline__ int4 load_cluster_sums(uint32_t address) {
 
 #endif
 
+// Bounds for three warpgroups, also where there are two: at 168 registers a thread a block finds
+// room beside one that prepares few rows of x.
 template <typename T>
-__global__ void __launch_bounds__(T::kThreads, 1)
-    wgmma_kernel(const __grid_constant__ CUtensorMap x_map,
-                 const __grid_constant__ CUtensorMap w_map, TileOrder order,
-                 RowsEpilogue epilogue) {
+__global__ void __launch_bounds__(384, 1) wgmma_kernel(const __grid_constant__ CUtensorMap x_map,
+                                                       const __grid_constant__ CUtensorMap w_map,
+                                                       TileOrder order, RowsEpilogue epilogue) {
 #if KVOPT_HAS_WGMMA
   extern __shared__ uint8_t unaligned[];
   __shared__ uint64_t full[T::kStages], empty[T::kStages];
@@ -100,25 +102,38 @@ __global__ void __launch_bounds__(T::kThreads, 1)
   const int steps = (order.columns + kStageColumns - 1) / kStageColumns;
   const int first_step = rank * steps / order.split;
   const int end_step = (rank + 1) * steps / order.split;
-  wait_for_previous_kernel();
 
   if (group == 0) {
     if constexpr (T::kMovesRegisters) shrink_registers<40>();
+    let_next_kernel_start();
     if (warp == 0 && lane == 0) {
       int stage = 0;
       uint32_t phase = 1;  // of `empty`: nothing to wait for in the first round
+      const auto bring_w = [&](int at, int step, int column) {
+        barrier_expect(&full[at], order.x_rows * kStageColumns + T::kWBytes);
+        copy_box(ring + at * T::kStageBytes + T::kXBytes, &w_map, step * kStageColumns, column,
+                 &full[at], kEvictFirst);
+      };
+      int ahead = 0;  // stages whose part of W is on its way
       for (int tile = cluster; tile < tiles; tile += clusters) {
         int row, column;
         place_of_tile(order, tile, row, column);
         row *= T::kRows;
         column *= T::kColumns;
+        if (tile == cluster) {  // W does not wait for the kernel that makes x
+          ahead = min(T::kStages, end_step - first_step);
+          for (int i = 0; i < ahead; ++i) bring_w(i, first_step + i, column);
+          wait_for_previous_kernel();
+        }
         for (int step = first_step; step < end_step; ++step) {
-          barrier_wait(&empty[stage], phase);
-          uint8_t* x = ring + stage * T::kStageBytes;
-          uint8_t* w = x + T::kXBytes;
-          barrier_expect(&full[stage], order.x_rows * kStageColumns + T::kWBytes);
-          copy_box(x, &x_map, step * kStageColumns, row, &full[stage], kEvictLast);
-          copy_box(w, &w_map, step * kStageColumns, column, &full[stage], kEvictFirst);
+          if (ahead > 0) {
+            --ahead;
+          } else {
+            barrier_wait(&empty[stage], phase);
+            bring_w(stage, step, column);
+          }
+          copy_box(ring + stage * T::kStageBytes, &x_map, step * kStageColumns, row, &full[stage],
+                   kEvictLast);
           if (++stage == T::kStages) {
             stage = 0;
             phase ^= 1;
@@ -126,7 +141,6 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         }
       }
     }
-    let_next_kernel_start();
     __syncwarp();
     if (order.split > 1) {
       cluster_sync();
@@ -134,6 +148,7 @@ __global__ void __launch_bounds__(T::kThreads, 1)
     }
   } else {
     if constexpr (T::kMovesRegisters) grow_registers<232>();
+    wait_for_previous_kernel();
     const int consumer = group - 1;
     int stage = 0;
     uint32_t phase = 0;
@@ -153,6 +168,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
         words = make_uint2(scale_word(epilogue, column + 2 * mine),
                            bias_word(epilogue, column + 2 * mine));
       }
+      const int first_row = row + warp % 4 * 16 + lane / 4;
+      const RowScales row_scales(epilogue, first_row);
       int previous = -1;
       for (int step = first_step; step < end_step; ++step) {
         barrier_wait(&full[stage], phase);
@@ -184,12 +201,12 @@ __global__ void __launch_bounds__(T::kThreads, 1)
       named_barrier(2 + consumer, 128);  // all are through with the last tile's
       if (mine < T::kColumns / 2) columns[consumer][mine] = words;
       named_barrier(2 + consumer, 128);
-      const int first_row = row + warp % 4 * 16 + lane / 4;
       if (order.split == 1) {
-        finish_rows<T::kSums / 4>(
-            epilogue, SharedColumns{columns[consumer]}, first_row, column, [&](int j, int half) {
-              return make_int2(sum[4 * j + 2 * half], sum[4 * j + 2 * half + 1]);
-            });
+        finish_rows<T::kSums / 4>(epilogue, SharedColumns{columns[consumer]}, row_scales, first_row,
+                                  column, [&](int j, int half) {
+                                    return make_int2(sum[4 * j + 2 * half],
+                                                     sum[4 * j + 2 * half + 1]);
+                                  });
         continue;
       }
       // The only tile of this block: the ring is free once all consumers are through. Every block
@@ -214,8 +231,8 @@ __global__ void __launch_bounds__(T::kThreads, 1)
             total[i].w += v.w;
           }
         }
-        finish_rows<4>(epilogue, SharedColumns{columns[consumer] + strip * 16}, first_row,
-                       column + 32 * strip, [&](int j, int half) {
+        finish_rows<4>(epilogue, SharedColumns{columns[consumer] + strip * 16}, row_scales,
+                       first_row, column + 32 * strip, [&](int j, int half) {
                          return half == 0 ? make_int2(total[j].x, total[j].y)
                                           : make_int2(total[j].z, total[j].w);
                        });

@@ -12,14 +12,19 @@
 //   x       ring of stages of kBlocksX * 64 columns, or part of the stages of codes: tensor copies
 //           with the 128-byte swizzle
 //   A       sets of registers of 16 * kSteps columns: multiplied and refilled in turn
-//   K       may be split over the blocks of a cluster; their sums meet in shared memory and are
-//           added in the order of the blocks
-//   tiles   a block takes every gridDim-th one, those that share codes at the same time
+//   tiles   a block takes every gridDim-th one, those that share codes at the same time. Or, where
+//           tiles are few and do not go evenly into the blocks:
+//   K       split over the blocks of a cluster; their sums meet in shared memory; or
+//   even    all blocks do the same number of stages of all tiles in a row; sums of a tile that
+//           another block ends go there through memory (see Walk). Added in the order of K always.
 //
 // Bytes: codes from memory once, ceil(M / kRowsX) times from L2; x N / (128 kTiles) times from L2.
 // One multiplication (64 x kRowsX x 16) reads 32 kRowsX bytes of shared memory in kRowsX / 2
 // cycles, half of what that gives, and costs a warp 9 to 13 instructions on its 8 weights a lane.
-// Bound: up to M of about 64 memory and the instructions that make weights, then the tensor cores.
+// With A from registers it takes no less than 28 cycles, 41 at kRowsX = 64, 147 at 256 (measured).
+// Bound: at M = 16 the copies (21 us of gate-up's 26, alone) and 16 us of multiplications; at 64
+// the multiplications (27 of 36), whose traffic with the registers leaves the instructions that
+// make weights little to overlap with; from 256 on the multiplications alone.
 // Limits: fp16 operands; groups that end within 64 columns are slower; sm_90a only.
 #pragma once
 
@@ -36,13 +41,21 @@ __device__ __forceinline__ void multiply_tiles(const QLinearProblem& p, const Pl
                                                Barriers& barriers, unsigned char* shared, int rank,
                                                int warp, int lane) {
   const Epilogue& e = p.epilogue;
-  const Share<S> share(p, plan, rank);
   Multiplier<kBits, kBook, kFine, S> multiplier(p, plan, barriers, shared, warp, lane);
   unsigned char* const out = shared + plan.out;
-  for (int index = blockIdx.x / plan.splits; index < plan.tiles_x * plan.tiles_w;
-       index += gridDim.x / plan.splits) {
-    const Tile tile(plan, index);
-    multiplier.run(share.begin, share.end);
+  for (Walk walk(plan); walk.more();) {
+    const Segment s = walk.take(rank);
+    multiplier.run(s.begin, s.end);
+    if (plan.even) {
+      if (s.end < plan.stages) {
+        publish<S>(plan, multiplier.result());
+        continue;
+      }
+      if (s.begin > 0) {
+        add_published<S>(plan, multiplier.result(), walk.block_of(s.tile * plan.stages));
+      }
+    }
+    const Tile tile(plan, s.tile);
     const int m0 = tile.x * S::kRowsX, n0 = tile.w * S::kRowsW;
     if (plan.staged) {
       store_staged<S>(e, multiplier.result(), out, m0, n0, multiplier.tile16, lane);
@@ -51,8 +64,7 @@ __device__ __forceinline__ void multiply_tiles(const QLinearProblem& p, const Pl
                         rank, plan.splits);
     }
   }
-  store_bulk_wait_read<0>();  // a block's shared memory must outlive the copies
-                              // that read it
+  store_bulk_wait_read<0>();  // shared memory must outlive the copies that read it
 }
 
 #endif  // KVOPT_HAS_WGMMA
@@ -80,13 +92,14 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
     barrier_init_fence();
   }
   if constexpr (kBook) {
-    fill_table(reinterpret_cast<uint32_t*>(shared + plan.book),
-               reinterpret_cast<float*>(shared + plan.out), p.format.scheme);
+    fill_table(reinterpret_cast<uint4*>(shared + plan.book),
+               reinterpret_cast<float*>(shared + plan.book + 1024 * kBookCopies), p.format.scheme);
   }
   if (threadIdx.x == 0) prefetch_map(&map);
-  // Into L2, which needs no order: the kernel before may still run.
-  if (warp == S::kConsumerWarps) prefetch_codes<kBits, S>(p, plan, rank, lane);
   __syncthreads();
+  if (warp == S::kConsumerWarps) {
+    CodeFetcher<kBits, S>{p, plan, map, barriers, shared, rank, lane}.run_early();
+  }
   wait_for_previous_kernel();
   let_next_kernel_start();  // all blocks have their places by then
   if (warp < S::kConsumerWarps) {
@@ -95,15 +108,15 @@ __global__ void __launch_bounds__(S::kThreads, S::kResident)
   } else {
     if constexpr (S::kGiveRegisters) shrink_registers<S::kRegistersCopying>();
     if (warp == S::kConsumerWarps) {
-      fetch_codes<kBits, S>(p, plan, map, barriers, shared, rank, lane);
-    } else if (!S::kOneRing && warp == S::kConsumerWarps + 1 && lane == 0) {
-      fetch_x<S>(p, plan, map, barriers, shared, rank);
+      CodeFetcher<kBits, S>{p, plan, map, barriers, shared, rank, lane}.run();
+    } else if (!S::kOneRing && warp == S::kConsumerWarps + 1) {
+      fetch_x<S>(plan, map, barriers, shared, rank, lane);
     }
     __syncwarp();
-    if (plan.splits > 1) {  // cluster barriers count every thread
-      for (int index = blockIdx.x / plan.splits; index < plan.tiles_x * plan.tiles_w;
-           index += gridDim.x / plan.splits) {
-        for (int i = 0; i < 2 * S::kSlices; ++i) cluster_sync();
+    if (plan.splits > 1) {  // cluster barriers count every thread; a cluster does one tile
+      for (int i = 0; i < S::kSlices; ++i) {
+        cluster_sync();
+        cluster_sync_readers();
       }
     }
   }

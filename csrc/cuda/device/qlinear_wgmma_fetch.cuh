@@ -14,88 +14,123 @@ namespace kvopt::cuda::wgmma {
 
 // The warp that fetches codes and parameters; kOneRing: and x.
 template <int kBits, typename S>
-__device__ __forceinline__ void fetch_codes(const QLinearProblem& p, const Plan& plan,
-                                            const CUtensorMap& map, Barriers& barriers,
-                                            unsigned char* shared, int rank, int lane) {
-  const Share<S> share(p, plan, rank);
-  constexpr int kTileBytes = tile_stage_bytes<kBits, S>();
-  const int meta_unit = p.format.has_zeros() ? 64 : 32;
-  const uint64_t policy = plan.tiles_x > 1 ? kEvictNormal : kEvictFirst;
-  Ring ring;
-  for (int index = blockIdx.x / plan.splits; index < plan.tiles_x * plan.tiles_w;
-       index += gridDim.x / plan.splits) {
-    const Tile tile(plan, index);
-    const int first_tile = tile.w * S::kTiles16;
-    const int tiles = min(S::kTiles16, p.tiles - first_tile);
-    const int i = lane % 16;
-    for (int s = share.begin; s < share.end; ++s) {
-      barrier_wait(&barriers.codes_empty[ring.slot], ring.parity ^ 1);
-      unsigned char* const stage = shared + plan.codes + ring.slot * plan.stage_codes;
-      uint64_t* const full = &barriers.codes_full[ring.slot];
-      // What lies behind the tile's last block stays what it was: any code will do for the zeros
-      // that x has there.
-      const int64_t offset = static_cast<int64_t>(s) * kTileBytes;
-      const int bytes =
-          static_cast<int>(min(static_cast<int64_t>(kTileBytes), p.tile_bytes - offset));
-      const int column = s * S::kCodeBlocks * kBlockColumns;
-      const int group = group_of_column(p, column);
-      const int groups =
-          group_of_column(p, column + S::kCodeBlocks * kBlockColumns - 1) - group + 1;
-      if (lane == 0) {
-        barrier_expect(full, tiles * (bytes + groups * meta_unit) + (S::kOneRing ? S::kStageX : 0));
-      }
-      __syncwarp();
-      if (i < tiles) {
-        const int row_tile = first_tile + i;
-        if (lane < 16) {
-          copy_bulk(stage + i * kTileBytes, p.packed + row_tile * p.tile_bytes + offset, bytes,
-                    full, policy);
-        } else {
-          copy_bulk(stage + S::kTiles16 * kTileBytes + i * plan.meta,
-                    p.meta + meta_offset(p, row_tile, group, 0), groups * meta_unit, full, policy);
-        }
-      }
-      if (S::kOneRing && lane < S::kBlocksX) {
-        copy_box(shared + ring.slot * S::kStageX + lane * S::kRowsX * 128, &map,
-                 column + lane * kBlockColumns, tile.x * S::kRowsX, full, kEvictLast);
-      }
-      ring.next(plan.stages_codes);
+struct CodeFetcher {
+  static constexpr int kTileBytes = tile_stage_bytes<kBits, S>();
+
+  const QLinearProblem& p;
+  const Plan& plan;
+  const CUtensorMap& map;
+  Barriers& barriers;
+  unsigned char* const shared;
+  const int rank, lane;
+
+  // What this lane copies of a stage: codes of a row tile (lanes 0..15), its parameters (16..31).
+  struct Copies {
+    int bytes;     // none: 0
+    int expected;  // of all lanes, without x
+    const void* source;
+    int target;  // from the stage's begin
+  };
+
+  __device__ __forceinline__ Copies copies_of(const Tile& tile, int stage) const {
+    const int column = stage * S::kCodeBlocks * kBlockColumns;
+    const int group = group_of_column(p, column);
+    const int last = group_of_column(p, column + S::kCodeBlocks * kBlockColumns - 1);
+    // What lies behind the tile's last block stays what it was: any code will do for the zeros that
+    // x has there.
+    const int64_t offset = static_cast<int64_t>(stage) * kTileBytes;
+    const int codes =
+        static_cast<int>(min(static_cast<int64_t>(kTileBytes), p.tile_bytes - offset));
+    const int parameters = (last - group + 1) * (p.format.has_zeros() ? 64 : 32);
+    const int i = lane % 16, row_tile = tile.w * S::kTiles16 + i;
+    const int tiles = min(S::kTiles16, p.tiles - tile.w * S::kTiles16);
+    Copies c;
+    c.bytes = i >= tiles ? 0 : lane < 16 ? codes : parameters;
+    c.expected = tiles * (codes + parameters);
+    c.source = lane < 16 ? static_cast<const void*>(p.packed + row_tile * p.tile_bytes + offset)
+                         : static_cast<const void*>(p.meta + meta_offset(p, row_tile, group, 0));
+    c.target = lane < 16 ? i * kTileBytes : S::kTiles16 * kTileBytes + i * plan.meta;
+    return c;
+  }
+
+  // Announces all that a stage will hold, and starts the copies of codes (of parameters, of both).
+  __device__ __forceinline__ void announce(const Copies& c, int slot) const {
+    if (lane == 0) {
+      barrier_expect(&barriers.codes_full[slot], c.expected + (S::kOneRing ? S::kStageX : 0));
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void start(const Copies& c, int slot, bool codes,
+                                        bool parameters) const {
+    if (c.bytes == 0 || !(lane < 16 ? codes : parameters)) return;
+    copy_bulk(shared + plan.codes + slot * plan.stage_codes + c.target, c.source, c.bytes,
+              &barriers.codes_full[slot], plan.tiles_x > 1 ? kEvictNormal : kEvictFirst);
+  }
+
+  // Codes may be fetched before the kernel before has ended: nothing writes them while products
+  // run. The first stage; the next ones, into L2, so that the rest of the first does not queue
+  // behind them.
+  __device__ __forceinline__ void run_early() const {
+    const Segment s = Walk(plan).take(rank);
+    const Tile tile(plan, s.tile);
+    const Copies c = copies_of(tile, s.begin);
+    announce(c, 0);
+    start(c, 0, true, false);
+    const int row_tile = tile.w * S::kTiles16 + lane;
+    const int64_t from = static_cast<int64_t>(s.begin + 1) * kTileBytes;
+    const int64_t to = min(
+        static_cast<int64_t>(min(s.end, s.begin + plan.stages_codes)) * kTileBytes, p.tile_bytes);
+    if (lane < S::kTiles16 && row_tile < p.tiles && from < to) {
+      prefetch_bulk(p.packed + row_tile * p.tile_bytes + from, static_cast<uint32_t>(to - from));
     }
   }
-}
 
-// The codes of this block's first stages.
-template <int kBits, typename S>
-__device__ __forceinline__ void prefetch_codes(const QLinearProblem& p, const Plan& plan, int rank,
-                                               int lane) {
-  const int row_tile = Tile(plan, blockIdx.x / plan.splits).w * S::kTiles16 + lane;
-  if (lane >= S::kTiles16 || row_tile >= p.tiles) return;
-  const int64_t stage = tile_stage_bytes<kBits, S>();
-  const int64_t offset = Share<S>(p, plan, rank).begin * stage;
-  const int64_t bytes = min(plan.stages_codes * stage, p.tile_bytes - offset);
-  prefetch_bulk(p.packed + row_tile * p.tile_bytes + offset, static_cast<uint32_t>(bytes));
-}
+  __device__ __forceinline__ void run() const {
+    Ring ring;
+    bool early = true;
+    for (Walk walk(plan); walk.more();) {
+      const Segment s = walk.take(rank);
+      const Tile tile(plan, s.tile);
+      for (int stage = s.begin; stage < s.end; ++stage) {
+        const Copies c = copies_of(tile, stage);  // before the wait
+        if (!early) {
+          barrier_wait(&barriers.codes_empty[ring.slot], ring.parity ^ 1);
+          announce(c, ring.slot);
+        }
+        start(c, ring.slot, !early, true);
+        early = false;
+        if (S::kOneRing && lane < S::kBlocksX) {
+          copy_box(shared + ring.slot * S::kStageX + lane * S::kRowsX * 128, &map,
+                   stage * S::kCodeBlocks * kBlockColumns + lane * kBlockColumns,
+                   tile.x * S::kRowsX, &barriers.codes_full[ring.slot], kEvictLast);
+        }
+        ring.next(plan.stages_codes);
+      }
+    }
+  }
+};
 
-// The thread that fetches x into a ring of its own.
+// The warp that fetches x into a ring of its own.
 template <typename S>
-__device__ __forceinline__ void fetch_x(const QLinearProblem& p, const Plan& plan,
-                                        const CUtensorMap& map, Barriers& barriers,
-                                        unsigned char* shared, int rank) {
-  const Share<S> share(p, plan, rank);
+__device__ __forceinline__ void fetch_x(const Plan& plan, const CUtensorMap& map,
+                                        Barriers& barriers, unsigned char* shared, int rank,
+                                        int lane) {
   Ring ring;
-  for (int index = blockIdx.x / plan.splits; index < plan.tiles_x * plan.tiles_w;
-       index += gridDim.x / plan.splits) {
-    const int row = Tile(plan, index).x * S::kRowsX;
-    for (int block = share.begin * S::kCodeBlocks; block < share.end * S::kCodeBlocks;
+  for (Walk walk(plan); walk.more();) {
+    const Segment s = walk.take(rank);
+    const int row = Tile(plan, s.tile).x * S::kRowsX;
+    for (int block = s.begin * S::kCodeBlocks; block < s.end * S::kCodeBlocks;
          block += S::kBlocksX) {
       barrier_wait(&barriers.x_empty[ring.slot], ring.parity ^ 1);
       unsigned char* const stage = shared + ring.slot * S::kStageX;
       uint64_t* const full = &barriers.x_full[ring.slot];
-      barrier_expect(full, S::kStageX);
+      if (lane == 0) {
+        barrier_expect(full, S::kStageX);
 #pragma unroll
-      for (int i = 0; i < S::kBlocksX; ++i) {
-        copy_box(stage + i * S::kRowsX * 128, &map, (block + i) * kBlockColumns, row, full,
-                 kEvictLast);
+        for (int i = 0; i < S::kBlocksX; ++i) {
+          copy_box(stage + i * S::kRowsX * 128, &map, (block + i) * kBlockColumns, row, full,
+                   kEvictLast);
+        }
       }
       ring.next(plan.stages_x);
     }

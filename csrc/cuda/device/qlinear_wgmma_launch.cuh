@@ -15,19 +15,21 @@ template <int kBits>
 inline constexpr int kDeep = kBits == 8 ? 2 : 4;  // blocks of 64 columns in a stage of codes
 template <int kBits>
 inline constexpr int kShallow = kBits == 3 ? 4 : 2;
-template <int kBits>
+template <int kBits, bool>
 using Rows16 = Shape<16, 1, 4, 2, kDeep<kBits>, kDeep<kBits>, 2>;
-template <int kBits>
+template <int kBits, bool>
 using Rows32 = Shape<32, 1, 4, 2, kDeep<kBits>, kDeep<kBits>, 2>;
-template <int kBits>
-using Rows64 = Shape<64, 1, 4, 2, kDeep<kBits>, 2, 2>;
-template <int kBits>
+template <int kBits, bool kBook>
+using Rows64 = Shape<64, 1, 4, 2, kBook ? 2 : kDeep<kBits>, 2, 2>;  // a book has a table too
+template <int kBits, bool>
 using Rows128 = Shape<128, 1, 4, 2, kDeep<kBits>, 1, 1>;
-template <int kBits>
+template <int kBits, bool>
 using Rows256 = Shape<256, 1, 2, 2, kShallow<kBits>, 1, 1>;
 
 struct Choice {
-  int shape, splits;  // 0.. in the order above; blocks of a cluster
+  int shape;   // 0.. in the order above
+  int splits;  // blocks of a cluster
+  bool even;   // see Plan
 };
 
 // Groups that end within 64 columns: two shapes serve them all.
@@ -50,6 +52,7 @@ Plan make_plan(const QLinearProblem& p, const Device& device, int splits) {
   // A wave of blocks reads band * kRowsX rows of x and multiprocessors / band * kRowsW rows of w.
   plan.band = std::min(plan.tiles_x, 2048 / S::kRowsX);
   plan.splits = splits;
+  plan.stages = static_cast<int>(ceil_div(p.blocks, S::kCodeBlocks));
   const Epilogue& e = p.epilogue;
   plan.staged = splits == 1 && e.is_plain() && e.dtype != DType::kFloat32 && p.n % 8 == 0 &&
                 reinterpret_cast<uintptr_t>(e.y) % 16 == 0;
@@ -61,10 +64,10 @@ Plan make_plan(const QLinearProblem& p, const Device& device, int splits) {
   plan.meta = groups * (p.format.has_zeros() ? 64 : 32);
   plan.stage_codes = round_up(S::kTiles16 * (tile_stage_bytes<kBits, S>() + plan.meta), 128);
   const int out = plan.staged ? S::kRowsX * S::kPitchOut : S::kSliceX * S::kPitchSums * 4;
-  const int book = kBook ? 256 * 4 * kBookCopies : 0;
+  const int book = kBook ? 1024 * kBookCopies + 64 : 0;  // and the book itself
   const int budget = (S::kResident == 1 ? device.block_shared
                                         : device.multiprocessor_shared / S::kResident - 1024) -
-                     static_cast<int>(sizeof(Barriers)) - 1024 - out - book;
+                     static_cast<int>(sizeof(Barriers)) - 1024 - (splits > 1 ? 0 : out) - book;
   constexpr int kPerCodes = S::kCodeBlocks / S::kBlocksX;
   const int unit = plan.stage_codes + kPerCodes * S::kStageX;
   plan.stages_codes = std::min(budget / unit, kMaxStages);
@@ -78,8 +81,11 @@ Plan make_plan(const QLinearProblem& p, const Device& device, int splits) {
     plan.stages_x += std::min(left / S::kStageX, kMaxStages - plan.stages_x);
   }
   plan.codes = plan.stages_x * S::kStageX;
-  plan.out = plan.codes + plan.stages_codes * plan.stage_codes;
-  plan.book = plan.out + out;
+  const int stages = plan.codes + plan.stages_codes * plan.stage_codes;
+  plan.out =
+      splits > 1 ? 0 : stages;  // a cluster does one tile: its sums lie where the stages were
+  plan.book = std::max(stages, plan.out + out);
+  plan.bytes = 1024 + plan.book + book;
   return plan;
 }
 
@@ -87,23 +93,31 @@ Plan make_plan(const QLinearProblem& p, const Device& device, int splits) {
 int encode_x(CUtensorMap& map, const HalfRows& x, int m, int rows);
 
 template <int kBits, bool kBook, bool kFine, typename S>
-int launch_shape(const QLinearProblem& p, const HalfRows& x, int splits, const Device& device,
-                 cudaStream_t stream) {
-  const Plan plan = make_plan<kBits, kBook, S>(p, device, splits);
+int launch_shape(const QLinearProblem& p, const HalfRows& x, const Choice& choice, void* partials,
+                 const Device& device, cudaStream_t stream) {
+  const int splits = choice.splits;
+  Plan plan = make_plan<kBits, kBook, S>(p, device, splits);
   if (plan.stages_codes < 2 || plan.stages_x < 2) return cudaErrorInvalidConfiguration;
   CUtensorMap map;
   if (const int error = encode_x(map, x, p.m, S::kRowsX); error != cudaSuccess) return error;
   QLinearProblem q = p;
   q.epilogue.row_scale = x.row_scale;
   const auto kernel = qlinear_wgmma_kernel<kBits, kBook, kFine, S>;
-  const int bytes = 1024 + plan.book + (kBook ? 256 * 4 * kBookCopies : 0);
   if (const cudaError_t error =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.bytes);
       error != cudaSuccess) {
     return error;
   }
   const int64_t work = static_cast<int64_t>(plan.tiles_x) * plan.tiles_w;
   const int64_t places = device.multiprocessors * S::kResident;
+  unsigned blocks = static_cast<unsigned>(splits > 1 ? work * splits : std::min(work, places));
+  if (choice.even && partials != nullptr) {
+    plan.even = true;
+    blocks = static_cast<unsigned>(std::min(work * plan.stages, places));
+    plan.partials = static_cast<float4*>(partials);
+    plan.published =
+        reinterpret_cast<uint64_t*>(plan.partials + places * (S::kRowsX * S::kRowsW / 4));
+  }
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
@@ -112,9 +126,9 @@ int launch_shape(const QLinearProblem& p, const HalfRows& x, int splits, const D
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   // A cluster does one tile: its barriers count the copying warps, which would be a tile ahead.
-  config.gridDim = dim3(static_cast<unsigned>(splits > 1 ? work * splits : std::min(work, places)));
+  config.gridDim = dim3(blocks);
   config.blockDim = dim3(S::kThreads);
-  config.dynamicSmemBytes = bytes;
+  config.dynamicSmemBytes = plan.bytes;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = splits > 1 ? 2 : 1;
@@ -122,30 +136,27 @@ int launch_shape(const QLinearProblem& p, const HalfRows& x, int splits, const D
 }
 
 template <int kBits, bool kBook>
-int launch_format(const QLinearProblem& p, const HalfRows& x, const Device& device,
+int launch_format(const QLinearProblem& p, const HalfRows& x, void* partials, const Device& device,
                   cudaStream_t stream) {
   const Choice choice = best_choice(p, device);
   const auto launch = [&]<bool kFine, typename S>(S) {
-    return launch_shape<kBits, kBook, kFine, S>(p, x, choice.splits, device, stream);
+    return launch_shape<kBits, kBook, kFine, S>(p, x, choice, partials, device, stream);
   };
   if (has_fine_groups(p)) {
-    return choice.shape == 0 ? launch.template operator()<true>(Rows16<kBits>())
-                             : launch.template operator()<true>(Rows128<kBits>());
+    return choice.shape == 0 ? launch.template operator()<true>(Rows16<kBits, kBook>())
+                             : launch.template operator()<true>(Rows128<kBits, kBook>());
   }
   switch (choice.shape) {
     case 0:
-      return launch.template operator()<false>(Rows16<kBits>());
+      return launch.template operator()<false>(Rows16<kBits, kBook>());
     case 1:
-      return launch.template operator()<false>(Rows32<kBits>());
+      return launch.template operator()<false>(Rows32<kBits, kBook>());
     case 2:
-      if constexpr (!kBook) {  // a book's table leaves it one stage of codes; never chosen
-        return launch.template operator()<false>(Rows64<kBits>());
-      }
-      return cudaErrorInvalidConfiguration;
+      return launch.template operator()<false>(Rows64<kBits, kBook>());
     case 3:
-      return launch.template operator()<false>(Rows128<kBits>());
+      return launch.template operator()<false>(Rows128<kBits, kBook>());
     default:
-      return launch.template operator()<false>(Rows256<kBits>());
+      return launch.template operator()<false>(Rows256<kBits, kBook>());
   }
 }
 
@@ -154,21 +165,21 @@ template <int kBits, bool kBook>
 bool is_compiled() {
   cudaFuncAttributes attributes{};
   return cudaFuncGetAttributes(&attributes,
-                               qlinear_wgmma_kernel<kBits, kBook, false, Rows16<kBits>>) ==
+                               qlinear_wgmma_kernel<kBits, kBook, false, Rows16<kBits, kBook>>) ==
              cudaSuccess &&
          attributes.sharedSizeBytes >= sizeof(Barriers);
 }
 
 // One file each, so that they compile side by side.
-int launch_w2(const QLinearProblem& p, const HalfRows& x, const Device& device,
+int launch_w2(const QLinearProblem& p, const HalfRows& x, void* partials, const Device& device,
               cudaStream_t stream);
-int launch_w3(const QLinearProblem& p, const HalfRows& x, const Device& device,
+int launch_w3(const QLinearProblem& p, const HalfRows& x, void* partials, const Device& device,
               cudaStream_t stream);
-int launch_w4(const QLinearProblem& p, const HalfRows& x, const Device& device,
+int launch_w4(const QLinearProblem& p, const HalfRows& x, void* partials, const Device& device,
               cudaStream_t stream);
-int launch_w8(const QLinearProblem& p, const HalfRows& x, const Device& device,
+int launch_w8(const QLinearProblem& p, const HalfRows& x, void* partials, const Device& device,
               cudaStream_t stream);
-int launch_book(const QLinearProblem& p, const HalfRows& x, const Device& device,
+int launch_book(const QLinearProblem& p, const HalfRows& x, void* partials, const Device& device,
                 cudaStream_t stream);
 bool w4_is_compiled();
 

@@ -18,31 +18,31 @@ namespace kvopt::cuda::wgmma {
 
 // Pairs of a code book's values from a table of pairs; see fill_table.
 __device__ __forceinline__ void book_operand(uint32_t (&a)[4], uint32_t word, uint32_t table) {
-  // Bytes 0 and 1: the two codes of pairs 0 and 2; of pairs 1 and 3.
-  const uint32_t even = (word & 0x0F0F) | ((word >> 12) & 0xF0F0);
-  const uint32_t odd = ((word >> 4) & 0x0F0F) | ((word >> 16) & 0xF0F0);
-  constexpr int kShift = 6;  // log2(4 * kBookCopies)
-  const auto look_up = [table](uint32_t offset) {
+  // Byte 0: the two codes of pair 0 (of pair 1), byte 1: of pair 2 (of pair 3).
+  const uint32_t even = (word & 0x0F0F0F0F) | ((word >> 12) & 0xF0F0F0F0);
+  const uint32_t odd = ((word >> 4) & 0x0F0F0F0F) | ((word >> 16) & 0xF0F0F0F0);
+  const auto look_up = [table](uint32_t pair) {
     uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(table + offset));
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(table + pair * (4 * kBookCopies)));
     return v;
   };
-  a[0] = look_up((even & 0xFF) << kShift);
-  a[1] = look_up((odd & 0xFF) << kShift);
-  a[2] = look_up((even >> 8) << kShift);
-  a[3] = look_up((odd >> 8) << kShift);
+  a[0] = look_up(__byte_perm(even, 0, 0x4440));
+  a[1] = look_up(__byte_perm(odd, 0, 0x4440));
+  a[2] = look_up(__byte_perm(even, 0, 0x4441));
+  a[3] = look_up(__byte_perm(odd, 0, 0x4441));
 }
 
 // Entry b of the table is {book[b & 15], book[b >> 4]}, kBookCopies times. All threads of a block;
 // the caller synchronises before use. `values`: room for the book, each value of which is worked
 // out once (book_value's arrays live in local memory).
-__device__ __forceinline__ void fill_table(uint32_t* table, float* values, Scheme scheme) {
+__device__ __forceinline__ void fill_table(uint4* table, float* values, Scheme scheme) {
   if (threadIdx.x < 16) values[threadIdx.x] = book_value(scheme, static_cast<int>(threadIdx.x));
   __syncthreads();
-  for (int i = threadIdx.x; i < 256 * kBookCopies; i += blockDim.x) {
-    const int b = i / kBookCopies;
+  for (int i = threadIdx.x; i < 256 * kBookCopies / 4; i += blockDim.x) {
+    const int b = i / (kBookCopies / 4);
     const __half2 pair = __floats2half2_rn(values[b & 15], values[b >> 4]);
-    table[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    const uint32_t v = *reinterpret_cast<const uint32_t*>(&pair);
+    table[i] = {v, v, v, v};
   }
 }
 
@@ -116,22 +116,23 @@ struct Multiplier {
       tile16;               // the first of this warp's tiles of 16 rows, which are 4 apart
   const uint32_t barriers;  // addresses in shared memory
   const uint32_t first_codes, first_rows;
+  const uint32_t to_meta;  // from this lane's codes to its parameters of the stage's first group
   const uint32_t table;
   const int group_blocks;
+  const int unit_meta;  // bytes of a group's parameters of 16 rows
   Ring codes, x;
-  int free_x = -1;           // slot whose multiplications may still be under way
-  int group = -1, left = 0;  // blocks of the group from here on
-  int in_stage = 0;          // the group's place among those of the stage
-  int first_group = 0;       // kFine: of the stage
-  bool wide = false;
-  uint32_t stage = 0;  // this lane's codes of the warp's first tile
+  int free_x = -1;          // slot whose multiplications may still be under way
+  int group = 0, left = 0;  // blocks of the group from here on
+  int first_group = 0;      // kFine: of the stage
+  int wide = 0;             // bit 0: some lane's scale is; then two bits for each tile's rows
+  uint32_t stage = 0;       // this lane's codes of the warp's first tile, of the newest stage
+  uint32_t meta = 0;        // this lane's parameters of the group in force; kFine: of first_group
   RowScale row0[S::kTiles], row8[S::kTiles];
-  uint32_t wide0[S::kTiles], wide8[S::kTiles];
   bool new_group = false;                      // kLate: from the unit prepared last on
   float scale0[S::kTiles], scale8[S::kTiles];  // of the group being summed
   float next_scale0[S::kTiles], next_scale8[S::kTiles];
   float total[S::kTiles][kLate ? S::kRowsX / 2 : 1];  // of the groups before
-  Words<kBits> words[S::kTiles];
+  Words<kBits> words[S::kTiles];                      // of 64 columns
   uint32_t a[S::kSets][S::kTiles][S::kSteps][4];
   float sum[S::kTiles][S::kRowsX / 2];
 
@@ -140,35 +141,37 @@ struct Multiplier {
                                         int lane)
       : p(problem),
         plan(plan),
-        lane(lane),
+        lane(static_cast<int>(keep(lane))),
         tile16(warp / 4 * S::kTiles * 4 + warp % 4),
         barriers(keep(shared_address(&barriers))),
         first_codes(keep(shared_address(shared) + plan.codes + tile16 * kTileBytes + lane * 16)),
         first_rows(keep(static_cast<uint32_t>(swizzled_operand(shared_address(shared))))),
+        to_meta(keep((S::kTiles16 - tile16) * kTileBytes + tile16 * plan.meta - lane * 16 +
+                     lane / 4 * (problem.format.has_zeros() ? 8 : 4))),
         table(kBook ? keep(shared_address(shared) + plan.book + lane % kBookCopies * 4) : 0),
-        group_blocks(problem.group_columns / kBlockColumns) {}
+        group_blocks(problem.group_columns / kBlockColumns),
+        unit_meta(problem.format.has_zeros() ? 64 : 32) {}
 
   __device__ __forceinline__ uint32_t barrier(size_t ring, int slot) const {
     return barriers + static_cast<uint32_t>(ring) + slot * 8;
   }
 
+  // Blocks of the group in force that lie behind `blocks` of it; the last one never ends.
+  __device__ __forceinline__ int blocks_left(int blocks) const {
+    return group + 1 < p.groups ? group_blocks - blocks : 1 << 30;
+  }
+
   // The parameters in force from the first column of the stage's `part`-th block on.
-  __device__ __forceinline__ void enter_block(int stage_index, int part, bool first) {
+  __device__ __forceinline__ void enter_block(int stage_index, int part) {
+    if (part == 0) meta = stage + to_meta;
     if constexpr (kFine) {
       if (part == 0) first_group = group_of_column(p, stage_index * S::kCodeBlocks * kBlockColumns);
       enter_step(stage_index, part * 4);
-    } else {
-      if (part == 0) in_stage = 0;
-      if (part == 0 && first) {
-        group = group_of_column(p, stage_index * S::kCodeBlocks * kBlockColumns);
-        left = (group + 1) * group_blocks - stage_index * S::kCodeBlocks;
-        load_group(0);
-      } else if (--left == 0 && group + 1 < p.groups) {
-        ++group;
-        left = group_blocks;
-        if (part > 0) ++in_stage;
-        load_group(in_stage);
-      }
+    } else if (--left == 0) {
+      ++group;
+      left = blocks_left(0);
+      if (part > 0) meta += unit_meta;
+      load_group(meta);
     }
   }
 
@@ -177,23 +180,21 @@ struct Multiplier {
         group_of_column(p, stage_index * S::kCodeBlocks * kBlockColumns + step * kStepColumns);
     if (now == group) return;
     group = now;
-    load_group(group - first_group);
+    load_group(meta + (group - first_group) * unit_meta);
   }
 
-  // Parameters of the `index`-th group that a stage touches.
-  __device__ __forceinline__ void load_group(int index) {
-    bool any = false;
-    const uint32_t first = stage - tile16 * kTileBytes - lane * 16 + S::kTiles16 * kTileBytes;
+  // Parameters that lie at `source`, and as far apart as the tiles' are.
+  __device__ __forceinline__ void load_group(uint32_t source) {
+    int flags = 0;
 #pragma unroll
     for (int t = 0; t < S::kTiles; ++t) {
-      const uint32_t meta = first + (tile16 + 4 * t) * plan.meta;
       uint32_t v[2];
       __half zero0, scale8, zero8;
       if (p.format.has_zeros()) {
-        load_shared<2>(v, meta + index * 64 + lane / 4 * 8);
+        load_shared<2>(v, source + 4 * t * plan.meta);
         zero0 = high_half(v[0]), scale8 = low_half(v[1]), zero8 = high_half(v[1]);
       } else {
-        load_shared<1>(v, meta + index * 32 + lane / 4 * 4);
+        load_shared<1>(v, source + 4 * t * plan.meta);
         scale8 = high_half(v[0]);
         zero0 = zero8 = __float2half(p.zero);
       }
@@ -208,15 +209,13 @@ struct Multiplier {
         row0[t].scale = pair_of(scale0);
         row8[t].scale = pair_of(scale8);
       } else {
-        const bool wide_row0 = is_wide(scale0), wide_row8 = is_wide(scale8);
-        row0[t] = make_row_scale(scale0, zero0, wide_row0);
-        row8[t] = make_row_scale(scale8, zero8, wide_row8);
-        wide0[t] = wide_row0 ? kPairOf512 : 0x3C003C00;
-        wide8[t] = wide_row8 ? kPairOf512 : 0x3C003C00;
-        any = any || wide_row0 || wide_row8;
+        const bool wide0 = is_wide(scale0), wide8 = is_wide(scale8);
+        row0[t] = make_row_scale(scale0, zero0, wide0);
+        row8[t] = make_row_scale(scale8, zero8, wide8);
+        flags |= (wide0 ? 2 : 0) << 2 * t | (wide8 ? 4 : 0) << 2 * t;
       }
     }
-    if constexpr (!kBook && !kLate) wide = __any_sync(0xFFFFFFFF, any);
+    if constexpr (!kBook && !kLate) wide = flags | (__any_sync(0xFFFFFFFF, flags != 0) ? 1 : 0);
   }
 
   __device__ __forceinline__ void load_words(int part) {
@@ -243,26 +242,35 @@ struct Multiplier {
 
   // The factor that make_row_scale leaves out of scales of 127 and more; such weights are rare.
   __device__ __forceinline__ void widen(uint32_t (&set)[S::kTiles][S::kSteps][4], int s) {
+    constexpr uint32_t kPairOf1 = 0x3C003C00;
 #pragma unroll
     for (int t = 0; t < S::kTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        set[t][s][i] = mul_pair(set[t][s][i], i % 2 ? wide8[t] : wide0[t]);
+        const bool is_wide = (wide >> (2 * t + 1 + i % 2) & 1) != 0;
+        set[t][s][i] = mul_pair(set[t][s][i], is_wide ? kPairOf512 : kPairOf1);
       }
     }
   }
 
-  // Turns the codes of a stage's `unit`-th unit into weights. first: of this block's share of K.
-  __device__ __forceinline__ void prepare(uint32_t (&set)[S::kTiles][S::kSteps][4], int stage_index,
-                                          int unit, bool first) {
-    const int step0 = unit * S::kSteps;
-    if (step0 % 4 == 0) {
-      load_words(step0 / 4);
-      enter_block(stage_index, step0 / 4, first);
+  // Loads what the stage's `unit`-th unit needs, if it is the first of its 64 columns.
+  __device__ __forceinline__ void look_ahead(int stage_index, int unit) {
+    if (unit * S::kSteps % 4 != 0) return;
+    const int part = unit * S::kSteps / 4;
+    if (part == 0) {
+      barrier_wait(barrier(offsetof(Barriers, codes_full), codes.slot), codes.parity);
+      stage = first_codes + codes.slot * plan.stage_codes;
     }
+    load_words(part);
+    enter_block(stage_index, part);
+  }
+
+  // Turns the codes of a stage's `unit`-th unit into weights.
+  __device__ __forceinline__ void prepare(uint32_t (&set)[S::kTiles][S::kSteps][4], int stage_index,
+                                          int unit) {
 #pragma unroll
     for (int s = 0; s < S::kSteps; ++s) {
-      const int step = step0 + s;
+      const int step = unit * S::kSteps + s;
       if (kFine && step % 4 != 0) enter_step(stage_index, step);
 #pragma unroll
       for (int t = 0; t < S::kTiles; ++t) {
@@ -280,21 +288,19 @@ struct Multiplier {
           weights_operand<kBits>(v, words[t], step % 4, row0[t], row8[t], false);
         }
       }
-      if (kFine && !kBook && wide) widen(set, s);
+      if (kFine && !kBook && wide != 0) widen(set, s);
     }
-    if (!kFine && !kBook && wide) {
+    if (!kFine && !kLate && !kBook && wide != 0) {
 #pragma unroll
       for (int s = 0; s < S::kSteps; ++s) widen(set, s);
     }
-    if (!S::kOneRing && unit == kUnits - 1) {
-      __syncwarp();
-      if (lane == 0) barrier_arrive(barrier(offsetof(Barriers, codes_empty), codes.slot));
+    if (unit == kUnits - 1) {
+      if (!S::kOneRing) {
+        __syncwarp();
+        if (lane == 0) barrier_arrive(barrier(offsetof(Barriers, codes_empty), codes.slot));
+      }
+      codes.next(plan.stages_codes);
     }
-  }
-
-  __device__ __forceinline__ void open_stage() {
-    barrier_wait(barrier(offsetof(Barriers, codes_full), codes.slot), codes.parity);
-    stage = first_codes + codes.slot * plan.stage_codes;
   }
 
   __device__ __forceinline__ void release_x() {
@@ -314,7 +320,10 @@ struct Multiplier {
       for (int i = 0; i < S::kRowsX / 2; ++i) {
         total[t][i] = fmaf(sum[t][i], i % 4 < 2 ? scale0[t] : scale8[t], total[t][i]);
       }
+      scale0[t] = next_scale0[t];
+      scale8[t] = next_scale8[t];
     }
+    new_group = false;
   }
 
   __device__ __forceinline__ auto& result() {
@@ -325,29 +334,21 @@ struct Multiplier {
     }
   }
 
-  // Multiplies a unit, and returns when the set of the next one is free.
-  __device__ __forceinline__ void multiply(uint32_t (&set)[S::kTiles][S::kSteps][4], int unit,
-                                           bool first_stage) {
-    const bool first = first_stage && unit == 0;
+  // Multiplies a stage's `unit`-th unit, and returns when the next one is loaded, if there is one,
+  // and its set is free.
+  __device__ __forceinline__ void multiply(uint32_t (&set)[S::kTiles][S::kSteps][4],
+                                           int stage_index, int unit, int slot_of_codes,
+                                           bool more) {
     if (!S::kOneRing && unit % kUnitsX == 0) {
       barrier_wait(barrier(offsetof(Barriers, x_full), x.slot), x.parity);
     }
-    const int slot = S::kOneRing ? codes.slot : x.slot;
+    const int slot = S::kOneRing ? slot_of_codes : x.slot;
     const int step0 = unit % kUnitsX * S::kSteps;
     const uint64_t rows = swizzled_operand(0) + first_rows - (1 << 16) +
                           static_cast<uint32_t>(slot * (S::kStageX >> 4)) +
                           step0 / 4 * (S::kRowsX * 128 >> 4);
-    bool fresh = first;
-    if (kLate && new_group) {
-      if (!first) fold();
-#pragma unroll
-      for (int t = 0; t < S::kTiles; ++t) {
-        scale0[t] = next_scale0[t];
-        scale8[t] = next_scale8[t];
-      }
-      fresh = true;
-      new_group = false;
-    }
+    const bool fresh = kLate && new_group;
+    if (fresh) fold();
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < S::kSteps; ++s) {
@@ -357,9 +358,14 @@ struct Multiplier {
       }
     }
     wgmma_commit();
+    if (unit + 1 < kUnits) {
+      look_ahead(stage_index, unit + 1);
+    } else if (more) {
+      look_ahead(stage_index + 1, 0);
+    }
     wgmma_wait<S::kSets - 1>();
     if (unit % kUnitsX == S::kSets - 2) {  // the last unit of the stage of x before is done
-      if (unit >= kUnitsX || !first_stage) release_x();
+      if (free_x >= 0) release_x();
       free_x = slot;
     }
     if (!S::kOneRing && unit % kUnitsX == kUnitsX - 1) x.next(plan.stages_x);
@@ -367,29 +373,34 @@ struct Multiplier {
 
   // Stages [begin, end) of K.
   __device__ __forceinline__ void run(int begin, int end) {
-    group = -1;
-    if constexpr (kLate) {
 #pragma unroll
-      for (int t = 0; t < S::kTiles; ++t) {
+    for (int t = 0; t < S::kTiles; ++t) {
 #pragma unroll
-        for (int i = 0; i < S::kRowsX / 2; ++i) total[t][i] = 0;
+      for (int i = 0; i < S::kRowsX / 2; ++i) {
+        sum[t][i] = 0;
+        if (kLate) total[t][i] = 0;
       }
+      if (kLate) scale0[t] = scale8[t] = 0;
     }
-    open_stage();
-    prepare(a[0], begin, 0, true);
+    free_x = -1;
+    const int column = begin * S::kCodeBlocks * kBlockColumns;
+    group = kFine ? -1 : group_of_column(p, column) - 1;
+    left = 1;  // the first block enters its group
+    look_ahead(begin, 0);
+    if constexpr (!kFine) left = blocks_left(begin * S::kCodeBlocks - group * group_blocks);
+    int slot = codes.slot;  // of the stage being multiplied
+    prepare(a[0], begin, 0);
 #pragma unroll 1
     for (int index = begin; index < end; ++index) {
+      const bool more = index + 1 < end;
 #pragma unroll
       for (int unit = 0; unit < kUnits; ++unit) {
-        multiply(a[unit % S::kSets], unit, index == begin);
+        multiply(a[unit % S::kSets], index, unit, slot, more);
         if (unit + 1 < kUnits) {
-          prepare(a[(unit + 1) % S::kSets], index, unit + 1, false);
-        } else {
-          codes.next(plan.stages_codes);
-          if (index + 1 < end) {
-            open_stage();
-            prepare(a[0], index + 1, 0, false);
-          }
+          prepare(a[(unit + 1) % S::kSets], index, unit + 1);
+        } else if (more) {
+          slot = codes.slot;
+          prepare(a[0], index + 1, 0);
         }
       }
     }

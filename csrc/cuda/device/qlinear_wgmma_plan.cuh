@@ -44,11 +44,16 @@ struct Shape {
 struct Plan {
   int tiles_x, tiles_w;  // of the product
   int band;              // tiles of x that are done for all rows of w before the next ones
-  int splits;            // blocks of a cluster, which share a tile's columns
+  int splits;            // blocks of a cluster that share a tile's columns
+  int stages;            // of a tile, 64 * kCodeBlocks columns each
+  bool even;             // blocks share tiles so that all do as many stages
+  float4* partials;      // even: sums of the tiles that a block leaves to others
+  uint64_t* published;   // even: kPublished when they are there
   int stages_x, stages_codes;
   int meta;              // room for the parameters of 16 rows in a stage of codes
   int stage_codes;       // codes and parameters
   int codes, out, book;  // where they begin; x begins at 0
+  int bytes;             // of all, and to reach the swizzle's period
   bool staged;           // y leaves through shared memory, whole rows of a tile at a time
 };
 
@@ -88,14 +93,54 @@ struct Tile {
   }
 };
 
-// Stages [begin, end) of K that this block of the cluster multiplies.
-template <typename S>
-struct Share {
-  int begin, end;
-  __device__ __forceinline__ Share(const QLinearProblem& p, const Plan& plan, int rank) {
-    const int stages = (p.blocks + S::kCodeBlocks - 1) / S::kCodeBlocks;
-    begin = rank * stages / plan.splits;
-    end = (rank + 1) * stages / plan.splits;
+// Stages [begin, end) of a tile.
+struct Segment {
+  int tile, begin, end;
+};
+
+// What a block does, in turn. Either tiles, or the part of a tile's stages that falls to a block of
+// the cluster; or (even) all stages of all tiles in a row, in as many equal runs as there are
+// blocks. A run is done from its end to its beginning: what it has of a tile whose end lies in a
+// later run comes first, and is left in `partials`; the tile whose end it has, and earlier runs the
+// beginning, comes last. So blocks wait only for earlier blocks, and for what these did first.
+struct Walk {
+  const Plan& plan;
+  int at, end, step;  // tiles; even: the stages [end, at) are left
+
+  __device__ __forceinline__ explicit Walk(const Plan& plan) : plan(plan) {
+    const int block = static_cast<int>(blockIdx.x);
+    if (plan.even) {
+      at = first_of(block + 1);
+      end = first_of(block);
+      step = 0;
+    } else {
+      at = block / plan.splits;
+      end = plan.tiles_x * plan.tiles_w;
+      step = static_cast<int>(gridDim.x) / plan.splits;
+    }
+  }
+  __device__ __forceinline__ int all() const { return plan.tiles_x * plan.tiles_w * plan.stages; }
+  // Of a block's run; the block whose run has a stage. (32 bits: make_plan sees to it.)
+  __device__ __forceinline__ int first_of(int block) const {
+    return static_cast<int>(static_cast<unsigned>(block * all()) / gridDim.x);
+  }
+  __device__ __forceinline__ int block_of(int stage) const {
+    return static_cast<int>(((stage + 1) * gridDim.x - 1) / static_cast<unsigned>(all()));
+  }
+  __device__ __forceinline__ bool more() const { return plan.even ? at > end : at < end; }
+  __device__ __forceinline__ Segment take(int rank) {
+    Segment s;
+    if (plan.even) {
+      s.tile = (at - 1) / plan.stages;
+      const int first = s.tile * plan.stages;
+      s.begin = max(end - first, 0);
+      s.end = at - first;
+      at = first + s.begin;
+    } else {
+      s = {at, rank * plan.stages / plan.splits, (rank + 1) * plan.stages / plan.splits};
+      at += step;
+    }
+    return s;
   }
 };
 

@@ -24,6 +24,64 @@ __device__ __forceinline__ uint32_t pack_output(float low, float high, DType typ
   return v;
 }
 
+// A block's sums of a tile that a later block ends, to global memory; and these added to the later
+// block's. The same thread holds the same elements in every block. kPublished is what other memory
+// hardly contains: `published` need not be initialised, and is cleared when it was read.
+constexpr uint64_t kPublished = 0xB5297A4D68E31DA4;
+
+template <typename S>
+__device__ __forceinline__ void publish(const Plan& plan,
+                                        const float (&sum)[S::kTiles][S::kRowsX / 2]) {
+  float4* const target =
+      plan.partials + static_cast<int64_t>(blockIdx.x) * (S::kRowsX * S::kRowsW / 4) + threadIdx.x;
+#pragma unroll
+  for (int t = 0; t < S::kTiles; ++t) {
+#pragma unroll
+    for (int i = 0; i < S::kRowsX / 8; ++i) {
+      const float* const d = &sum[t][4 * i];
+      target[(t * (S::kRowsX / 8) + i) * S::kConsumers] = {d[0], d[1], d[2], d[3]};
+    }
+  }
+  __threadfence();
+  named_barrier(1, S::kConsumers);
+  if (threadIdx.x == 0) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(plan.published + blockIdx.x),
+                 "l"(kPublished)
+                 : "memory");
+  }
+}
+
+template <typename S>
+__device__ __forceinline__ void add_published(const Plan& plan,
+                                              float (&sum)[S::kTiles][S::kRowsX / 2], int first) {
+  for (int block = first; block < static_cast<int>(blockIdx.x); ++block) {
+    uint64_t* const flag = plan.published + block;
+    asm volatile(  // one address: a warp's lanes see the same
+        "{.reg .pred p;\n"
+        ".reg .u64 v;\n"
+        "again: ld.acquire.gpu.global.u64 v, [%0];\n"
+        "setp.eq.u64 p, v, %1;\n"
+        "@p bra.uni done;\n"
+        "bra.uni again;\n"
+        "done: }" ::"l"(flag),
+        "l"(kPublished)
+        : "memory");
+    named_barrier(1, S::kConsumers);
+    if (threadIdx.x == 0) *flag = 0;
+    const float4* const source =
+        plan.partials + static_cast<int64_t>(block) * (S::kRowsX * S::kRowsW / 4) + threadIdx.x;
+#pragma unroll
+    for (int t = 0; t < S::kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < S::kRowsX / 8; ++i) {
+        const float4 v = __ldcg(source + (t * (S::kRowsX / 8) + i) * S::kConsumers);
+        float* const d = &sum[t][4 * i];
+        d[0] += v.x, d[1] += v.y, d[2] += v.z, d[3] += v.w;
+      }
+    }
+  }
+}
+
 // A tile of y whose epilogue is plain: transposed into shared memory, then whole rows of the tile
 // by bulk copies, which run on while the next tile is multiplied.
 template <typename S>
@@ -79,15 +137,40 @@ __device__ __forceinline__ void store_staged(const Epilogue& e,
   }
 }
 
+// Four neighbouring columns' sums of a row, over the blocks that share the tile, in their order.
+__device__ __forceinline__ float4 total_of(uint32_t source, int splits) {
+  float4 sum{0, 0, 0, 0};
+#pragma unroll
+  for (int first = 0; first < kMaxSplits; first += 4) {
+    if (first >= splits) break;
+    float4 v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // four loads under way
+      if (first + i >= splits) break;
+      v[i] = load_cluster_4(address_in_block(source, first + i));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (first + i >= splits) break;
+      sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
+    }
+  }
+  return sum;
+}
+
 // Any other tile: the sums go through shared memory, kSliceX rows of x and 128 rows of w at a time,
-// and are finished in rows of y; by all blocks of a cluster, each its share of the rows.
+// and are finished in rows of y, four columns a thread; by all blocks that share the tile, each its
+// share of the rows.
 template <typename S>
 __device__ __forceinline__ void store_finished(const Epilogue& e,
                                                const float (&sum)[S::kTiles][S::kRowsX / 2],
                                                float* out, int m0, int n0, int warp, int lane,
                                                int rank, int splits) {
   constexpr int kSlicesX = S::kRowsX / S::kSliceX;
-  const int columns = e.swiglu ? S::kColumns / 2 : S::kColumns;
+  const int quads = (e.swiglu ? S::kColumns / 2 : S::kColumns) / 4;
+  const bool vectors = e.dtype != DType::kFloat32 && e.n % (e.swiglu ? 8 : 4) == 0 &&
+                       reinterpret_cast<uintptr_t>(e.y) % 8 == 0 && e.residual == nullptr;
+  if (splits > 1) named_barrier(1, S::kConsumers);  // `out` is where the stages were
 #pragma unroll 1
   for (int slice = 0; slice < S::kTiles * kSlicesX; ++slice) {
     // Rows g and g + 8 of w, rows 2 t and 2 t + 1 of x.
@@ -110,33 +193,49 @@ __device__ __forceinline__ void store_finished(const Epilogue& e,
     }
     const int first_m = m0 + slice % kSlicesX * S::kSliceX;
     const int rows = min(S::kSliceX, e.m - first_m);
+    const int shift = e.swiglu ? 4 : 5;  // log2(quads)
 #pragma unroll 1
-    for (int i = rank * S::kConsumers + threadIdx.x; i < rows * columns;
+    for (int i = rank * S::kConsumers + threadIdx.x; i < rows * quads;
          i += splits * S::kConsumers) {
-      const int row = i / columns, c = i % columns;
+      const int row = i >> shift, c = (i & (quads - 1)) * 4;
       const int column = e.swiglu ? c / 8 * 16 + c % 8 : c;
-      const auto total = [&](int at) {
-        const float* const source = out + row * S::kPitchSums + at;
-        if (splits == 1) return *source;
-        float part[kMaxSplits];
-#pragma unroll
-        for (int r = 0; r < kMaxSplits; ++r) {
-          part[r] = r < splits ? load_cluster(address_in_block(source, r)) : 0.0f;
-        }
-        float v = 0;
-#pragma unroll
-        for (int r = 0; r < kMaxSplits; ++r) v += part[r];
-        return v;
-      };
       const int m = first_m + row;
       const int n = n0 + (column / 64 * S::kTiles + slice / kSlicesX) * 64 + column % 64;
       if (n >= e.n) continue;
-      float v = before_activation(e, m, n, total(column));
-      if (e.swiglu) v = swiglu(v, before_activation(e, m, n + 8, total(column + 8)));
-      store_output(e, m, e.swiglu ? n / 16 * 8 + n % 8 : n, v);
+      const uint32_t source = shared_address(out + row * S::kPitchSums + column);
+      const float4 total = total_of(source, splits);
+      float v[4] = {total.x, total.y, total.z, total.w};
+      if (e.swiglu) {
+        const float4 up = total_of(source + 32, splits);
+        const float u[4] = {up.x, up.y, up.z, up.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          v[j] = swiglu(before_activation(e, m, n + j, v[j]),
+                        before_activation(e, m, n + j + 8, u[j]));
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (n + j < e.n) v[j] = before_activation(e, m, n + j, v[j]);
+        }
+      }
+      const int at = e.swiglu ? n / 16 * 8 + n % 8 : n;
+      const int width = e.swiglu ? e.n / 2 : e.n;
+      if (vectors) {
+        uint2 packed;
+        packed.x = pack_output(v[0], v[1], e.dtype);
+        packed.y = pack_output(v[2], v[3], e.dtype);
+        *reinterpret_cast<uint2*>(static_cast<uint16_t*>(e.y) + static_cast<int64_t>(m) * width +
+                                  at) = packed;
+      } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (at + j < width) store_output(e, m, at + j, v[j]);
+        }
+      }
     }
     if (splits > 1) {
-      cluster_sync();
+      cluster_sync_readers();
     } else {
       named_barrier(1, S::kConsumers);
     }

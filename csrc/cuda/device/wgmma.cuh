@@ -257,7 +257,7 @@ __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// Into L2 only: no read in the sense of stream order, so it may run ahead of the kernel before.
+// Into L2 only.
 __device__ __forceinline__ void prefetch_bulk(const void* source, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
 }
@@ -293,18 +293,30 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
-// The address at which this block finds block `rank`'s copy of a shared variable.
-__device__ __forceinline__ uint32_t address_in_block(const void* pointer, uint32_t rank) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(address)
-               : "r"(shared_address(pointer)), "r"(rank));
-  return address;
+// The same, when no write needs to be seen by others: what was read has been used.
+__device__ __forceinline__ void cluster_sync_readers() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
 }
 
-__device__ __forceinline__ float load_cluster(uint32_t address) {
-  float v;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+// The address at which this block finds block `rank`'s copy of a shared variable.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t shared, uint32_t rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+  return address;
+}
+__device__ __forceinline__ uint32_t address_in_block(const void* pointer, uint32_t rank) {
+  return address_in_block(shared_address(pointer), rank);
+}
+
+__device__ __forceinline__ float4 load_cluster_4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
   return v;
 }
 

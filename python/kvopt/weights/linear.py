@@ -50,14 +50,17 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), in the dtype of ``x``."""
-        f = self.format
+        f, buffers = self.format, self._buffers  # not by attribute: a small product feels the search for it
         bias: Tensor | None = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        meta = self.quantized_weight.meta if self.meta is None else self.meta
-        inputs = None if self.input_bits is None else self.input_bits.view(torch.float32).to(x.dtype)
+        packed, meta, inputs = buffers["packed"], buffers["meta"], buffers["input_bits"]
+        if meta is None:
+            meta = self.quantized_weight.meta
+        if inputs is not None:
+            inputs = inputs.view(torch.float32).to(x.dtype)
         return ops.qlinear(
-            *(x, self.packed, meta, bias, self.out_features),
+            *(x, packed, meta, bias, self.out_features),  # type: ignore[arg-type]
             *(f.bits, self._group, f.scheme, f.activation_bits, inputs),
         )
 
