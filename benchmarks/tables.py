@@ -3,7 +3,8 @@
 
 A line for each shape and M (or recipe, or model), a column for each contender. ``--into docs/performance.md``
 makes a page's tables anew: each stands between ``<!-- table: arguments of this program -->`` (files of
-``benchmarks/results``) and ``<!-- end -->``; ``<!-- targets: beginning files -->`` is ``summary.py``'s table of the cases that begin so.
+``benchmarks/results``) and ``<!-- end -->``; ``<!-- targets: beginning files -->`` is ``summary.py``'s table of the
+cases that begin so.
 """
 
 from __future__ import annotations
