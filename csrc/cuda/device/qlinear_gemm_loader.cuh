@@ -76,7 +76,9 @@ struct Pieces {
   }
 };
 
-// The threads of a team wait for each other.
+// The threads of a team wait for each other. One wait for each 64 columns orders everything: a
+// stage is written before the wait that its readers pass, and written again only after a later
+// wait, at which its readers arrive when they have read it.
 template <typename S>
 __device__ __forceinline__ void team_barrier(int team) {
   if constexpr (S::kWarpsN == 1) {
