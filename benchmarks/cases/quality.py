@@ -50,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, journal: Journal) -> Iterator[dict[str, Any]]:
     documents = read_documents(args.file or assets.path("wiki-heldout.txt"))
     calibration = None if args.calibration is None else list(read_documents(args.calibration))
-    for name in args.models:
+    folders = args.models
+    for setting in ("file", "calibration"):  # what is recorded names no place on this machine
+        setattr(args, setting, getattr(args, setting) and Path(getattr(args, setting)).name)
+    args.models = [Path(folder).name for folder in folders]
+    for name in folders:
         baseline = None
         for recipe in [BASELINE, *(r for r in args.recipes if r != BASELINE)]:
             start = time.perf_counter()
