@@ -84,8 +84,10 @@ case "$command" in
     in_environment -m kvopt.cli run --quick "$@" ;;
   test)
     choose_environment; install
-    "$python" -c "import pytest, pandas" 2>/dev/null || "$python" -m pip install --quiet pytest pandas
-    cd "$root" && "$python" -m pytest "$@" ;;
+    "$python" -c "import pytest, pandas, xdist" 2>/dev/null || "$python" -m pip install --quiet pytest pandas pytest-xdist
+    # Workers share the processors, so idle OpenMP threads must not spin.
+    [ $# -gt 0 ] || set -- -n "$("$python" -c 'import os; print(min(4, os.cpu_count() or 1))')"
+    cd "$root" && OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} "$python" -m pytest "$@" ;;
   build)
     choose_environment; install ;;
   doctor)

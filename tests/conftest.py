@@ -13,7 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-SESSION_SEED = int(os.environ.get("KVOPT_TEST_SEED", random.SystemRandom().randrange(2**31)))
+# In the environment, so that parallel workers share it.
+SESSION_SEED = int(os.environ.setdefault("KVOPT_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

@@ -2,9 +2,10 @@
 // Tests of csrc/cpu's products with 16-bit-class activations on every instruction set, without any
 // framework; with --bench their speed.
 //
-//     test_qlinear_cpu [--seed N] [--isa NAME] [--bench [--megabytes N] [--shape KxN]
+//     test_qlinear_cpu [--seed N] [--isa NAME] [--share N] [--bench [--megabytes N] [--shape KxN]
 //                      [--format NAME] [--rows M]]
 //
+// --share N runs a random one in N of the cases, for builds that are slow (sanitizers).
 // cpu_product.h says what a result is compared with and how far it may be off.
 #include <algorithm>
 #include <cmath>
@@ -28,6 +29,9 @@ using namespace kvopt::test;
 
 constexpr int64_t kSomeM[] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,
                               10, 11, 12, 13, 14, 15, 16, 17, 33, 100};
+int share = 1;
+
+bool drawn(Random& random) { return share == 1 || below(random, share) == 0; }
 
 void test_products(Random& random, Isa isa) {
   size_t turn = 0;
@@ -36,6 +40,7 @@ void test_products(Random& random, Isa isa) {
       for (int64_t k : {1, 16, 17, 100, 128, 704, 1000, 1040}) {
         if (group > k) continue;
         for (int64_t n : {1, 7, 31, 33, 65}) {
+          if (!drawn(random)) continue;
           const Weight weight(random, with_group(format, group == 0 ? k : group), n, k);
           ++turn;
           const int64_t m = kSomeM[turn % (std::size(kSomeM) - 1)];  // M = 100 comes below
@@ -49,6 +54,7 @@ void test_products(Random& random, Isa isa) {
     const Weight weight(random, with_group(format, 128), 65, 704);
     for (int64_t m : kSomeM) {
       for (DType type : kDTypes) {
+        if (!drawn(random)) continue;
         Problem problem(weight, m, type, {.bias = m % 2 == 0});
         problem.fill_normal(random);
         check_product(problem, isa);
@@ -68,6 +74,7 @@ void test_epilogue(Random& random, Isa isa) {
   for (int64_t n : {16, 48, 65, 96}) {
     for (int subset = 0; subset < 64; ++subset) {
       if ((subset & 16) != 0 && n % 16 != 0) continue;
+      if (!drawn(random)) continue;
       for (DType type : kDTypes) {
         ++turn;
         const QuantFormat& format = kFormats[turn % std::size(kFormats)];
@@ -119,6 +126,7 @@ void test_precision(Random& random, Isa isa) {
                                     "equal magnitudes", "ties beside an outlier"};
   for (const QuantFormat& format : kFormats) {
     for (int group : {16, 48, 128, 1024}) {
+      if (!drawn(random)) continue;
       const Weight weight(random, with_group(format, group), 288, 1024);
       std::string line;
       for (int kind = 0; kind < 5; ++kind) {
@@ -186,6 +194,7 @@ void test_rows_are_independent(Random& random, Isa isa) {
     for (int group : {32, 48}) {
       const Weight weight(random, with_group(format, group), 80, 500);
       for (int64_t m : {2, 3, 4, 5, 7, 14, 30}) {
+        if (!drawn(random)) continue;
         const Parts parts = {.bias = true, .rank = m % 3 * 20, .swiglu = m % 2 == 0};
         Problem all(weight, m, DType::kFloat32, parts);
         all.fill_normal(random);
@@ -242,6 +251,8 @@ int main(int count, char** arguments) {
       seed = std::strtoull(value, nullptr, 10), ++i;
     } else if (argument == "--isa") {
       only = value, ++i;
+    } else if (argument == "--share") {
+      share = std::max(1, std::atoi(value)), ++i;
     } else if (long long k, n;
                argument == "--shape" && std::sscanf(value, "%lldx%lld", &k, &n) == 2) {
       selection.k = k, selection.n = n, ++i;
