@@ -23,7 +23,18 @@ from journal import Journal
 from kvopt import _library
 from kvopt.experiments import machine
 
-CASES = ("qlinear", "w8a8", "epilogue", "decode", "kv_cache", "quality")
+CASES = (
+    "qlinear",
+    "w8a8",
+    "outliers",
+    "epilogue",
+    "decode",
+    "kv_cache",
+    "kv_attention",
+    "quality",
+    "quantize",
+    "kv_quality",
+)
 
 
 def main() -> int:

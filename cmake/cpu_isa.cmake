@@ -10,6 +10,12 @@ function(kvopt_add_cpu_kernels target)
   add_library(${target} STATIC
     ${folder}/gptq.cpp
     ${folder}/isa.cpp
+    ${folder}/kv_attention.cpp
+    ${folder}/kv_evict.cpp
+    ${folder}/kv_merge.cpp
+    ${folder}/kv_quant.cpp
+    ${folder}/kv_select.cpp
+    ${folder}/outliers.cpp
     ${folder}/qlinear.cpp
     ${folder}/qlinear_layout.cpp
     ${folder}/qlinear_a8.cpp
@@ -24,6 +30,12 @@ function(kvopt_add_cpu_kernels target)
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
     foreach(isa avx2 avx512 vnni)
       foreach(stem qlinear qlinear_a8)
+        target_sources(${target} PRIVATE ${folder}/${stem}_${isa}.cpp)
+        set_source_files_properties(${folder}/${stem}_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${${isa}}")
+      endforeach()
+    endforeach()
+    foreach(isa avx2 avx512)
+      foreach(stem kv_attention kv_evict)
         target_sources(${target} PRIVATE ${folder}/${stem}_${isa}.cpp)
         set_source_files_properties(${folder}/${stem}_${isa}.cpp PROPERTIES COMPILE_OPTIONS "${${isa}}")
       endforeach()

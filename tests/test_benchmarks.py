@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -114,3 +115,36 @@ def test_tables_are_made_anew_in_a_page(module: Any, tmp_path: Path, monkeypatch
         )
         assert "| 8b o (4 → 8) | 1 | 12.3 (100) | 1235 (1) |" in text
         assert "| 8b o (4 → 8) | 2 | – | 1235 (1) |" in text
+
+
+def test_quantising_a_random_model_is_measured(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize, parser = module("cases.quantize"), argparse.ArgumentParser()
+    small = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 9}
+    monkeypatch.setitem(quantize.SHAPES, "8b", quantize.SHAPES["8b"] | small | {"num_attention_heads": 8})
+    quantize.add_arguments(parser)
+    args = parser.parse_args(
+        ["--layers=2", "--windows=5", "--window=16", "--recipes", "gptq_4bit_g32", "int8"]
+    )
+    args.seed, args.device = 3, "cpu"
+    first, second = quantize.run(args, module("journal").Journal())
+    assert first["layers"] == 2 and first["calibration_tokens"] == 5 * 16 and first["seconds"] > 0
+    weights = 2 * 64 * 64 + 2 * 64 * 64 + 3 * 64 * 160
+    assert first["layer_gb"] == pytest.approx(2 * weights / 1e9)
+    assert 0.5 < first["packed_gb"] / (2 * weights * 4.25 / 8 / 1e9) < 2
+    assert first["held_out_error"] <= first["rtn_held_out_error"] and second["rtn_held_out_error"] < 0.05
+    assert first["peak_gb"] is None  # of CUDA only
+
+
+def test_random_weights_are_the_seeds_and_look_like_a_models(module: Any) -> None:
+    shape = module("cases.quantize").SHAPES["1b"] | {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "vocab_size": 96,
+    }
+    models = [module("cases.quantize").random_model(shape, 1, seed, "cpu") for seed in (1, 1, 2)]
+    states = [model.state_dict() for model in models]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(states[0][name], states[1][name]) and not torch.equal(states[0][name], states[2][name])
+    assert 0.015 < states[0][name].float().std() < 0.025 and states[0][name].dtype == torch.bfloat16
+    logits = models[0](torch.tensor([[3, 5, 7]])).logits
+    assert torch.isfinite(logits).all() and models[0].lm_head.weight is models[0].model.embed_tokens.weight

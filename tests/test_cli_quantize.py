@@ -65,6 +65,63 @@ def test_goes_on_from_finished_layers(folder: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
+    "order", ["MODEL --budget-bits 4.5 OUT", "MODEL OUT --budget-bits=4.5", "--budget-bits 4.5 MODEL OUT"]
+)
+def test_searches_formats_for_a_budget(folder: Path, capsys: pytest.CaptureFixture[str], order: str) -> None:
+    words = {"MODEL": str(folder / "model"), "OUT": str(folder / "out")}
+    command = ["quantize", *(words.get(word, word) for word in order.split()), "--device", "cpu", "--json"]
+    command += [
+        "--calibration",
+        str(folder / "text.txt"),
+        "--window",
+        "32",
+        "--windows",
+        "8",
+        "--method",
+        "clip",
+    ]
+    assert cli.main(command) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["budget_bits"] == 4.5 and set(shown["chosen"]) == {row["name"] for row in shown["layers"]}
+    model = kvopt.load_quantized(folder / "out", device="cpu")
+    packed = [m for m in model.modules() if isinstance(m, kvopt.QuantLinear)]
+    weights = sum(m.in_features * m.out_features for m in packed)
+    assert len(packed) == 14 and 8 * sum(row["nbytes"] for row in shown["layers"]) <= 4.5 * weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget-bits", "4.5"], "needs --calibration"),
+        (["--budget-bits", "1", "--calibration", "TEXT"], "1 bits per weight are too few"),
+        (["--budget-bits", "-3", "--calibration", "TEXT"], "positive"),
+        (["--budget-bits", "4.5", "--method", "gptp", "--calibration", "TEXT"], "gptp"),
+        (["int4_g16", "--method", "gptq"], "goes with --budget-bits"),
+    ],
+)
+def test_a_bad_budget_leaves_no_folder(
+    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(folder / "text.txt") if word == "TEXT" else word for word in arguments]
+    recipe = [options.pop(0)] if not options[0].startswith("-") else []
+    code = cli.main(
+        [
+            "quantize",
+            str(folder / "model"),
+            *recipe,
+            str(folder / "out"),
+            "--device",
+            "cpu",
+            "--quiet",
+            *options,
+        ]
+    )
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["int5"], "int5"),

@@ -13,18 +13,22 @@ import torch
 import kvopt
 from journal import Journal
 
+CACHES = [
+    *("full", "full+fp8", "full+int8", "full+int4", "full+int2"),
+    *("window_b256", "sink_b256_s4_orig", "sink_b256_s4", "tova_b256", "random_b256"),
+    *("h2o_b256", "h2o_b256+ada", "h2o_b256+int4", "snapkv_b256", "pyramidkv_b256+ada+int4"),
+]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="llama-6m")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument(
-        "--prompts", nargs="+", type=int, default=[128, 1024, 3072], help="tokens of the prompt"
+        "--prompts", nargs="+", type=int, default=[128, 1024, 4096], help="tokens of the prompt"
     )
     parser.add_argument("--tokens", type=int, default=48, help="tokens to decode a round")
-    parser.add_argument(
-        "--caches", nargs="+", default=["full", "window_b256", "sink_b256_s4_orig", "sink_b256_s4"]
-    )
+    parser.add_argument("--caches", nargs="+", default=CACHES)
 
 
 def run(args: argparse.Namespace, journal: Journal) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from kvopt.weights import QuantizedWeight
 from peers.base import Copies, Peer, Product
 
 # Relative error of a product of Gaussian data, by the leading word of the recipe: rounding's own, with some room.
-_ERRORS = {"int8": 0.02, "int4": 0.2, "int3": 0.4, "int2": 0.9, "nf4": 0.2, "fp4": 0.3}
+_ERRORS = {"int8": 0.02, "llm_int8": 0.02, "int4": 0.2, "int3": 0.4, "int2": 0.9, "nf4": 0.2, "fp4": 0.3}
 
 
 def copies_of(weight: QuantizedWeight) -> Callable[[], QuantizedWeight]:

@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(kThreads, kVectors == 1 ? kSmallBlocks : 2)
   __shared__ uint32_t slots[2][32], finite_slots[2][32];
   const int threads = static_cast<int>(blockDim.x);
   const int first = static_cast<int>(threadIdx.x), rest = kVectors * threads + first;
-  // The product's blocks may come at once: before they wait for this kernel, and so for those
-  // before it, they read nothing but weights.
+  // Before the wait: small blocks leave room for the product's (the rule is launch_kernel's, in
+  // qlinear_problem.cuh).
   let_next_kernel_start();
   wait_for_previous_kernel();
   Raw8<T> next[kVectors];

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -66,6 +67,25 @@ inline void check_same_type(const Tensor& t, const Tensor& as, const char* op,
                   static_cast<int>(as.scalar_type()), "), got dtype number ",
                   static_cast<int>(t.scalar_type()));
   check_same_device(t, as, op, argument);
+}
+
+// An uninitialised contiguous tensor on the device of `like`. torch::stable::new_empty passes the
+// dispatcher twice on its way to the same call: some microseconds, which a small product feels.
+inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) {
+    strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  }
+  int32_t device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                  strides.data(), to<int32_t>(from(type)),
+                                                  device_type, device_index, &made));
+  return Tensor(made);
 }
 
 inline bool is_scheme(int64_t scheme, Scheme expected) {

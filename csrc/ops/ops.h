@@ -13,10 +13,20 @@ using Triple = std::tuple<Tensor, Tensor, Tensor>;
 using Pair = std::tuple<Tensor, Tensor>;
 using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// The eleven tensors and two numbers of a store, in the order of common/kv_store.h.
+#define KVOPT_STORE_PARAMETERS                                                         \
+  Tensor segments, Tensor lengths, Tensor positions, Tensor scores, Tensor plain_keys, \
+      Tensor plain_values, Tensor packed_keys, Tensor packed_values, Tensor key_scale, \
+      Tensor value_scale, Tensor factors, int64_t codec, int64_t group
+
 Tensor qlinear_cpu(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias, int64_t n,
                    int64_t bits, int64_t group_size, int64_t scheme, int64_t activation_bits,
                    std::optional<Tensor> input_scale, std::optional<Tensor> low_rank_x,
                    std::optional<Tensor> low_rank_w, bool swiglu, std::optional<Tensor> residual);
+Tensor qlinear_outliers_cpu(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias,
+                            int64_t n, double threshold, std::optional<Tensor> input_scale,
+                            std::optional<Tensor> low_rank_x, std::optional<Tensor> low_rank_w,
+                            bool swiglu, std::optional<Tensor> residual);
 Triple wquant_rtn_cpu(Tensor weight, int64_t bits, int64_t group_size, int64_t scheme);
 Pair wquant_pack_cpu(Tensor codes, Tensor scale, Tensor zero, int64_t bits, int64_t group_size,
                      int64_t scheme);
@@ -34,11 +44,28 @@ Triple wsearch_cpu(Tensor weight, std::optional<Tensor> importance, int64_t bits
                    int64_t group_size, int64_t scheme, int64_t steps, double smallest);
 Triple wsearch_hqq_cpu(Tensor weight, int64_t bits, int64_t group_size, int64_t scheme,
                        int64_t iterations, double beta, double kappa, double norm);
+Tensor kv_select_scores_cpu(Tensor query, Tensor key, Tensor query_positions, Tensor key_positions,
+                            double scale, bool maximum);
+void kv_quant_pack_cpu(KVOPT_STORE_PARAMETERS, Tensor keys, Tensor values, Tensor key_positions,
+                       std::optional<Tensor> token_scores, Tensor chosen, Tensor counts);
+Triple kv_quant_unpack_cpu(KVOPT_STORE_PARAMETERS, int64_t slots);
+void kv_evict_append_cpu(KVOPT_STORE_PARAMETERS, Tensor key, Tensor value, Tensor position,
+                         std::optional<Tensor> token_score, double new_score,
+                         std::optional<Tensor> victim, int64_t order, int64_t first, int64_t recent,
+                         bool shared, bool age);
+Tensor kv_attention_decode_cpu(Tensor query, KVOPT_STORE_PARAMETERS, double scale, int64_t update,
+                               int64_t first, std::optional<Tensor> gap,
+                               std::optional<Tensor> frequencies);
+Quadruple kv_merge_pair_cpu(Tensor a, Tensor b, double t);
 
 Tensor qlinear_cuda(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias, int64_t n,
                     int64_t bits, int64_t group_size, int64_t scheme, int64_t activation_bits,
                     std::optional<Tensor> input_scale, std::optional<Tensor> low_rank_x,
                     std::optional<Tensor> low_rank_w, bool swiglu, std::optional<Tensor> residual);
+Tensor qlinear_outliers_cuda(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias,
+                             int64_t n, double threshold, std::optional<Tensor> input_scale,
+                             std::optional<Tensor> low_rank_x, std::optional<Tensor> low_rank_w,
+                             bool swiglu, std::optional<Tensor> residual);
 Triple wquant_rtn_cuda(Tensor weight, int64_t bits, int64_t group_size, int64_t scheme);
 Pair wquant_pack_cuda(Tensor codes, Tensor scale, Tensor zero, int64_t bits, int64_t group_size,
                       int64_t scheme);
@@ -56,5 +83,18 @@ Triple wsearch_cuda(Tensor weight, std::optional<Tensor> importance, int64_t bit
                     int64_t group_size, int64_t scheme, int64_t steps, double smallest);
 Triple wsearch_hqq_cuda(Tensor weight, int64_t bits, int64_t group_size, int64_t scheme,
                         int64_t iterations, double beta, double kappa, double norm);
+Tensor kv_select_scores_cuda(Tensor query, Tensor key, Tensor query_positions, Tensor key_positions,
+                             double scale, bool maximum);
+void kv_quant_pack_cuda(KVOPT_STORE_PARAMETERS, Tensor keys, Tensor values, Tensor key_positions,
+                        std::optional<Tensor> token_scores, Tensor chosen, Tensor counts);
+Triple kv_quant_unpack_cuda(KVOPT_STORE_PARAMETERS, int64_t slots);
+void kv_evict_append_cuda(KVOPT_STORE_PARAMETERS, Tensor key, Tensor value, Tensor position,
+                          std::optional<Tensor> token_score, double new_score,
+                          std::optional<Tensor> victim, int64_t order, int64_t first,
+                          int64_t recent, bool shared, bool age);
+Tensor kv_attention_decode_cuda(Tensor query, KVOPT_STORE_PARAMETERS, double scale, int64_t update,
+                                int64_t first, std::optional<Tensor> gap,
+                                std::optional<Tensor> frequencies);
+Quadruple kv_merge_pair_cuda(Tensor a, Tensor b, double t);
 
 }  // namespace kvopt::ops

@@ -44,8 +44,8 @@ inline void check_rows(std::optional<Tensor>& t, const Tensor& x, std::vector<in
   t = torch::stable::contiguous(*t);
 }
 
-inline QLinearCall make_qlinear(QLinearArguments a, const Layout& layout) {
-  const char* op = "qlinear";
+inline QLinearCall make_qlinear(QLinearArguments a, const Layout& layout,
+                                const char* op = "qlinear") {
   STD_TORCH_CHECK(a.x.dim() >= 1, op,
                   ": x must have at least one dimension (..., K), got a scalar");
   const int64_t k = a.x.size(-1);
@@ -82,9 +82,9 @@ inline QLinearCall make_qlinear(QLinearArguments a, const Layout& layout) {
     check_rows(a.low_rank_x, a.x, shape, rank, op, "low_rank_x");
   }
   check_rows(a.residual, a.x, shape, shape.back(), op, "residual");
-  a.x = torch::stable::contiguous(a.x);
+  if (!a.x.is_contiguous()) a.x = torch::stable::contiguous(a.x);
 
-  Tensor y = torch::stable::new_empty(a.x, shape);
+  Tensor y = make_empty(a.x, shape, a.x.scalar_type());
   QLinearParams p{};
   p.m = m;
   p.n = a.n;
@@ -110,7 +110,7 @@ inline QLinearCall make_qlinear(QLinearArguments a, const Layout& layout) {
 // Scratch memory of a call; the caller keeps it until the kernels are launched or done.
 inline std::optional<Tensor> make_workspace(QLinearCall& c, int64_t bytes) {
   if (bytes == 0) return std::nullopt;
-  Tensor workspace = torch::stable::new_empty(c.y, {bytes}, ScalarType::Byte);
+  Tensor workspace = make_empty(c.y, {bytes}, ScalarType::Byte);
   c.params.workspace = workspace.mutable_data_ptr();
   return workspace;
 }

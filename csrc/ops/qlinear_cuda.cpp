@@ -1,16 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/qlinear.h"
+#include "ops/qlinear_cuda.h"
+
 #include "cuda/wquant.h"
-#include "ops/aten.h"
-#include "ops/cuda_call.h"
-#include "ops/qlinear_common.h"
 
 namespace kvopt::ops {
 namespace {
-
-// From this many rows on cuBLAS makes the low-rank product; the kernels' epilogue does it for
-// fewer.
-constexpr int64_t kLowRankRows = 8;
 
 // The product by cuBLAS on the dequantised weight, the epilogue by torch's operators: for so many
 // rows that both cost little beside it.
@@ -45,19 +39,12 @@ Tensor qlinear_cuda(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> 
   QLinearCall c = make_qlinear({x, packed, meta, bias, n, bits, group_size, scheme, activation_bits,
                                 input_scale, low_rank_x, low_rank_w, swiglu, residual},
                                kMma16);
-  QLinearParams& p = c.params;
-  if (p.m == 0) return c.y;
+  if (c.params.m == 0) return c.y;
   // cuBLAS knows no int8 activations with a scale per token and group.
-  if (p.activation_bits == 16 && cuda::prefers_dense(p)) return dense_qlinear(c, call.stream());
-  std::optional<Tensor> addend;
-  if (p.rank > 0 && p.m > kLowRankRows) {
-    addend = aten_linear(*c.arguments.low_rank_x, *c.arguments.low_rank_w, std::nullopt);
-    p.addend = addend->const_data_ptr();
-    p.low_rank_x = p.low_rank_w = nullptr;
-    p.rank = 0;
+  if (c.params.activation_bits == 16 && cuda::prefers_dense(c.params)) {
+    return dense_qlinear(c, call.stream());
   }
-  const std::optional<Tensor> workspace = make_workspace(c, cuda::qlinear_workspace_bytes(p));
-  CudaCall::check(cuda::qlinear(p, call.stream()), "qlinear");
+  run_qlinear_cuda(c, std::nullopt, call.stream());
   return c.y;
 }
 

@@ -54,7 +54,18 @@ _HOME = {
     "register_policy": "kvopt.cache",
     "save_quantized": "kvopt.weights.checkpoint",
 }
-_SUBMODULES = ("assets", "cache", "eval", "experiments", "models", "ops", "reference", "weights")
+_SUBMODULES = (
+    "assets",
+    "cache",
+    "eval",
+    "experiments",
+    "models",
+    "ops",
+    "ops_kv",
+    "reference",
+    "reference_kv",
+    "weights",
+)
 
 __all__ = [
     "Cache",

@@ -140,6 +140,22 @@ def _register() -> None:
     ) -> Tensor:
         return x.new_empty((*x.shape[:-1], n // 2 if swiglu else n))
 
+    @fake("kvopt::qlinear_outliers")
+    def _(
+        x: Tensor,
+        packed: Tensor,
+        meta: Tensor,
+        bias: Tensor | None,
+        n: int,
+        threshold: float,
+        input_scale: Tensor | None = None,
+        low_rank_x: Tensor | None = None,
+        low_rank_w: Tensor | None = None,
+        swiglu: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return x.new_empty((*x.shape[:-1], n // 2 if swiglu else n))
+
     @fake("kvopt::wquant_rtn")
     def _(weight: Tensor, bits: int, group_size: int, scheme: int) -> tuple[Tensor, Tensor, Tensor]:
         return _plain_like(weight, group_size)
@@ -237,6 +253,63 @@ def _register() -> None:
         return weight.new_empty((n, size), dtype=torch.uint8), weight.new_empty((n, size)), half(), half()
 
     torch.library.register_autograd("kvopt::qlinear", _qlinear_backward, setup_context=_qlinear_remember)
+    torch.library.register_autograd(
+        "kvopt::qlinear_outliers", _outliers_backward, setup_context=_outliers_remember
+    )
+
+
+def _register_kv() -> None:
+    fake: Callable[[str], Callable[[Any], Any]] = torch.library.register_fake
+
+    @fake("kvopt::kv_select_scores")
+    def _(
+        query: Tensor,
+        key: Tensor,
+        query_positions: Tensor,
+        key_positions: Tensor,
+        scale: float,
+        maximum: bool,
+    ) -> Tensor:
+        return key.new_empty(key.shape[:3], dtype=torch.float32)
+
+    @fake("kvopt::kv_quant_pack")
+    def _(*store_and_tokens: Any) -> None:
+        return None
+
+    @fake("kvopt::kv_evict_append")
+    def _(*store_and_token: Any) -> None:
+        return None
+
+    @fake("kvopt::kv_quant_unpack")
+    def _(
+        segments: Tensor,
+        lengths: Tensor,
+        positions: Tensor,
+        scores: Tensor,
+        plain_keys: Tensor,
+        plain_values: Tensor,
+        packed_keys: Tensor,
+        packed_values: Tensor,
+        key_scale: Tensor,
+        value_scale: Tensor,
+        factors: Tensor,
+        codec: int,
+        group: int,
+        slots: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (segments.shape[0], segments.shape[1], slots)
+        dim = plain_keys.shape[2]
+        vectors = functools.partial(plain_keys.new_empty, (*shape, dim))
+        return vectors(), vectors(), positions.new_empty(shape)
+
+    @fake("kvopt::kv_attention_decode")
+    def _(query: Tensor, *store_and_options: Any) -> Tensor:
+        return query.new_empty(query.shape)
+
+    @fake("kvopt::kv_merge_pair")
+    def _(a: Tensor, b: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        number = functools.partial(a.new_empty, a.shape[:3], dtype=torch.float32)
+        return a.new_empty(a.shape), number(), number(), number()
 
 
 def _plain_like(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,40 +333,87 @@ def _qlinear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """
     x, packed, meta, bias, input_scale, low_rank_x, low_rank_w = ctx.saved_tensors
     n, bits, group_size, scheme, activation_bits = ctx.format
-    needs = ctx.needs_input_grad
-    k = x.shape[-1]
-    grads: list[Tensor | None] = [None] * len(needs)
-    if ctx.has_residual and needs[13]:
-        grads[13] = grad
-    if ctx.swiglu:
-        h = torch.ops.kvopt.qlinear(
+
+    def product() -> Tensor:
+        h: Tensor = torch.ops.kvopt.qlinear(
             *(x, packed, meta, bias, n, bits, group_size, scheme, activation_bits),
             *(input_scale, low_rank_x, low_rank_w),
         )
-        gate, up = (part.float() for part in reference.split_swiglu(h))
+        return h
+
+    return _gradients(ctx, grad, product, (n, x.shape[-1], bits, group_size, scheme), (9, 10, 11, 13))
+
+
+def _outliers_remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, meta, bias, ctx.n, ctx.threshold, *scaled, ctx.swiglu, residual = inputs
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+    ctx.save_for_backward(x, packed, meta, bias, *scaled)
+
+
+def _outliers_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same of a product with outlier columns, which the gradients do not tell from the others."""
+    x, packed, meta, bias, input_scale, low_rank_x, low_rank_w = ctx.saved_tensors
+
+    def product() -> Tensor:
+        h: Tensor = torch.ops.kvopt.qlinear_outliers(
+            *(x, packed, meta, bias, ctx.n, ctx.threshold, input_scale, low_rank_x, low_rank_w)
+        )
+        return h
+
+    k = x.shape[-1]
+    format = (ctx.n, k, 8, k, int(reference.Scheme.INT8_DYNAMIC))
+    return _gradients(ctx, grad, product, format, (6, 7, 8, 10))
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    product: Callable[[], Tensor],
+    format: tuple[int, int, int, int, int],
+    places: tuple[int, int, int, int],
+) -> tuple[Tensor | None, ...]:
+    """What both backward functions share.
+
+    Args:
+        ctx: with what was remembered.
+        grad: of the result.
+        product: gives ``h``, that before SwiGLU.
+        format: N, K, bits, group size, scheme.
+        places: of input_scale, low_rank_x, low_rank_w and residual among the arguments; x is first, bias fourth.
+    """
+    x, packed, meta, _, input_scale, low_rank_x, low_rank_w = ctx.saved_tensors
+    at_scale, at_low_rank_x, at_low_rank_w, at_residual = places
+    n, k = format[:2]
+    needs = ctx.needs_input_grad
+    grads: list[Tensor | None] = [None] * len(needs)
+    if ctx.has_residual and needs[at_residual]:
+        grads[at_residual] = grad
+    if ctx.swiglu:
+        gate, up = (part.float() for part in reference.split_swiglu(product()))
         slope = gate.sigmoid()
         to_up = grad * gate * slope
         to_gate = grad * up * slope * (1 + gate * (1 - slope))
         grad = reference.join_swiglu(to_gate, to_up).to(grad.dtype)
     rows = grad.reshape(-1, n)
-    if needs[0] or (input_scale is not None and needs[9]):
-        weight = torch.ops.kvopt.wquant_dequantize(packed, meta, n, k, bits, group_size, scheme, x.dtype)
+    if needs[0] or (input_scale is not None and needs[at_scale]):
+        weight = torch.ops.kvopt.wquant_dequantize(packed, meta, *format, x.dtype)
         grad_scaled = grad @ weight
         if input_scale is None:
             grads[0] = grad_scaled
         else:
             grads[0] = grad_scaled * input_scale
-            if needs[9]:
-                grads[9] = (grad_scaled.float() * x.float()).reshape(-1, k).sum(dim=0).to(x.dtype)
+            if needs[at_scale]:
+                grads[at_scale] = (grad_scaled.float() * x.float()).reshape(-1, k).sum(dim=0).to(x.dtype)
     if ctx.has_bias and needs[3]:
         grads[3] = rows.sum(dim=0)
     if low_rank_x is not None:
-        if needs[10]:
-            grads[10] = grad @ low_rank_w
-        if needs[11]:
-            grads[11] = rows.T @ low_rank_x.reshape(-1, low_rank_x.shape[-1])
+        if needs[at_low_rank_x]:
+            grads[at_low_rank_x] = grad @ low_rank_w
+        if needs[at_low_rank_w]:
+            grads[at_low_rank_w] = rows.T @ low_rank_x.reshape(-1, low_rank_x.shape[-1])
     return tuple(grads)
 
 
 if _ops_module is not None:
     _register()
+    _register_kv()

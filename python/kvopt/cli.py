@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvopt._version import __version__
+from kvopt.cli_numbers import capability, count, positive
 
 DONE, FAILED, BAD_INPUT = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; usage errors leave through ``SystemExit(2)``, as argparse does."""
-    arguments = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    arguments = parser(words).parse_args(words)
     try:
         return int(arguments.command(arguments))
     except KeyboardInterrupt:
@@ -35,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(_one_line(error), _code_of(error))
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole grammar of the command line."""
+def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The whole grammar of the command line. With ``--budget-bits`` among ``words`` quantize takes no recipe."""
     top = argparse.ArgumentParser(
         prog="kvopt",
         description="Quantise a Hugging Face language model, compress its KV cache, and measure the cost and the gain.",
@@ -50,9 +52,15 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--experiments", nargs="+", metavar="NAME", help="default: fp32 bf16 int8 int4_g128")
     run.add_argument("--recipe", nargs="+", metavar="R", help="further recipes, for instance int4_g32")
+    run.add_argument(
+        "--calibration", metavar="FILE", help="UTF-8 text for GPTQ, AWQ and clip among the recipes"
+    )
+    run.add_argument(
+        "--calibration-windows", type=positive, metavar="N", help="at most N windows of it (default 128)"
+    )
     run.add_argument("--cache", nargs="+", metavar="C", help="caches beside full (default sink_b256_s4)")
     run.add_argument(
-        "--limit", type=_count, metavar="N", help="at most N text windows and N recall stories; 0: none"
+        "--limit", type=count, metavar="N", help="at most N text windows and N recall stories; 0: none"
     )
     run.add_argument("--out", default="results", metavar="DIR", help="where files go (default %(default)s)")
     run.add_argument(
@@ -66,17 +74,29 @@ def parser() -> argparse.ArgumentParser:
 
     quantize = _command(commands, "quantize", _quantize, "quantise a model into a folder, with a report")
     quantize.add_argument("model", help="embedded name, folder or hub id")
-    quantize.add_argument("recipe", help="for instance gptq_4bit_g128")
+    if any(word.partition("=")[0] == "--budget-bits" for word in words):
+        quantize.set_defaults(recipe=None)
+    else:
+        quantize.add_argument("recipe", help="for instance gptq_4bit_g128; none with --budget-bits")
     quantize.add_argument("out", help="the folder to write, absent or empty")
+    quantize.add_argument(
+        "--budget-bits",
+        type=float,
+        metavar="BITS",
+        help="instead of a recipe: search for each linear's format, so many true bits per weight in the mean",
+    )
+    quantize.add_argument(
+        "--method", metavar="M", help="with it: rtn (default), gptq, awq, clip or hqq chooses the codes"
+    )
     quantize.add_argument(
         "--calibration",
         metavar="FILE",
         help="UTF-8 text that the model's inputs look like; GPTQ, AWQ, clip need it",
     )
     quantize.add_argument(
-        "--windows", type=_positive, metavar="N", help="at most N windows of it (default 128 of 2048 tokens)"
+        "--windows", type=positive, metavar="N", help="at most N windows of it (default 128 of 2048 tokens)"
     )
-    quantize.add_argument("--window", type=_positive, metavar="TOKENS", help="tokens per window")
+    quantize.add_argument("--window", type=positive, metavar="TOKENS", help="tokens per window")
     quantize.add_argument(
         "--format", default="kvopt", help="kvopt, gptq, awq, compressed-tensors, bnb (default %(default)s)"
     )
@@ -95,27 +115,32 @@ def parser() -> argparse.ArgumentParser:
         "file", nargs="?", help="UTF-8 text, or recall stories as JSON lines (default: embedded)"
     )
     measure.add_argument(
-        "--window", type=_positive, default=1024, help="tokens per window (default %(default)s)"
+        "--window", type=positive, default=1024, help="tokens per window (default %(default)s)"
     )
     measure.add_argument(
         "--prefill",
-        type=_positive,
+        type=positive,
         help="unscored context per window (default 1; half a window with --cache)",
     )
-    measure.add_argument("--limit", type=_positive, metavar="N", help="at most N windows or stories")
+    measure.add_argument("--limit", type=positive, metavar="N", help="at most N windows or stories")
     measure.add_argument("--history", action="store_true", help="recall: a story's questions as one dialogue")
+    measure.add_argument(
+        "--query-aware",
+        action="store_true",
+        help="recall: compress story and question together, not the story before the question is known",
+    )
     _model_options(measure)
 
     generate = _command(commands, "generate", _generate, "continue a prompt")
     generate.add_argument("model", help="embedded name, folder or hub id")
     generate.add_argument("prompt")
-    generate.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
+    generate.add_argument("--max-new-tokens", type=positive, default=64, metavar="N")
     _model_options(generate, model=False)
 
     bench = _command(commands, "bench", _bench, "time one product beside the dense one, or explain its path")
-    bench.add_argument("--m", nargs="+", type=_positive, default=[1, 16, 256], help="rows of activations")
-    bench.add_argument("--n", type=_positive, default=4096, help="rows of the weight (default %(default)s)")
-    bench.add_argument("--k", type=_positive, default=4096, help="columns (default %(default)s)")
+    bench.add_argument("--m", nargs="+", type=positive, default=[1, 16, 256], help="rows of activations")
+    bench.add_argument("--n", type=positive, default=4096, help="rows of the weight (default %(default)s)")
+    bench.add_argument("--k", type=positive, default=4096, help="columns (default %(default)s)")
     bench.add_argument("--recipe", nargs="+", default=["int4_g128"], metavar="R")
     bench.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     bench.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
@@ -123,9 +148,9 @@ def parser() -> argparse.ArgumentParser:
         "--explain", action="store_true", help="say which path a shape takes and why; runs nothing"
     )
     bench.add_argument(
-        "--capability", type=_capability, metavar="CC", help="--explain for this GPU: 75, 9.0 …"
+        "--capability", type=capability, metavar="CC", help="--explain for this GPU: 75, 9.0 …"
     )
-    bench.add_argument("--sms", type=_positive, metavar="N", help="and its number of multiprocessors")
+    bench.add_argument("--sms", type=positive, metavar="N", help="and its number of multiprocessors")
 
     _command(
         commands,
@@ -175,6 +200,8 @@ def _run(arguments: argparse.Namespace) -> int:
             speed=not arguments.no_speed_model,
             device=arguments.device,
             seed=arguments.seed,
+            calibration=arguments.calibration,
+            calibration_windows=arguments.calibration_windows,
         )
         from kvopt.experiments.results import require_writable
 
@@ -214,15 +241,24 @@ def _quantize(arguments: argparse.Namespace) -> int:
     _hush()
     import kvopt
     from kvopt.eval import read_documents, windows_of
+    from kvopt.files import write_whole
     from kvopt.models.load import as_device
+    from kvopt.weights.budget import check_bits, method_of
     from kvopt.weights.checkpoint.formats import codec_named
-    from kvopt.weights.parts import write_whole
 
     out = Path(arguments.out)
     with _input():
-        recipe = kvopt.Recipe.parse(arguments.recipe)
-        if recipe.format is None:
-            raise ValueError(f"recipe {str(recipe)!r} quantises nothing")
+        recipe: Any = arguments.method
+        if arguments.budget_bits is None:
+            recipe = kvopt.Recipe.parse(arguments.recipe)
+            if recipe.format is None:
+                raise ValueError(f"recipe {str(recipe)!r} quantises nothing")
+            if arguments.method is not None:
+                raise ValueError("--method goes with --budget-bits; a recipe names its own")
+        else:
+            method_of(recipe), check_bits(arguments.budget_bits)
+            if arguments.calibration is None:
+                raise ValueError("--budget-bits needs --calibration FILE")
         codec_named(arguments.format)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"out: {out} is there and not empty")
@@ -240,6 +276,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             device=device,
             resume=arguments.resume,
+            budget_bits=arguments.budget_bits,
         )
     with _input():
         kvopt.save_quantized(model, out, arguments.format, tokenizer)
@@ -277,7 +314,13 @@ def _eval(arguments: argparse.Namespace) -> int:
             prefill = arguments.prefill or (1 if cache is None else max(1, arguments.window // 2))
             result = perplexity(model, windows, cache=cache, prefill=prefill, progress=on)
         else:
-            result = recall(model, tokenizer, texts, cache=cache, history=arguments.history, progress=on)
+            with _input():
+                if arguments.history and arguments.query_aware:
+                    raise ValueError(
+                        "--query-aware asks each question alone, it can't be joined with --history"
+                    )
+            how = {"history": arguments.history, "query_aware": arguments.query_aware}
+            result = recall(model, tokenizer, texts, cache=cache, progress=on, **how)
     if arguments.json:
         row = {
             "model": arguments.model,
@@ -449,27 +492,6 @@ def _hush() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _capability(text: str) -> tuple[int, int]:
-    major, _, minor = text.partition(".") if "." in text else (text[:-1], "", text[-1:])
-    if not (major.isdigit() and minor.isdigit()) or int(minor) > 9:
-        raise argparse.ArgumentTypeError(f"expected a compute capability, 75 or 9.0 for instance; got {text}")
-    return int(major), int(minor)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return value
 
 
 if __name__ == "__main__":

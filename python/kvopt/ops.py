@@ -8,12 +8,12 @@ per row. ``packed`` and ``meta`` are in the layout of the device they are on (``
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kvopt import _library, reference, reference_solvers
+from kvopt import _library, reference, reference_outliers, reference_solvers
 
 if TYPE_CHECKING:
     from kvopt.weights.formats import WeightFormat
@@ -62,20 +62,74 @@ def qlinear(
     Raises:
         RuntimeError: a shape, dtype or device does not fit; the message names the argument.
     """
+    arguments: tuple[object, ...] = (x, packed, meta, bias, n, bits, group_size, int(scheme), activation_bits)
+    epilogue = low_rank_x is not None or low_rank_w is not None or swiglu or residual is not None
+    if (
+        epilogue or input_scale is not None
+    ):  # what is not passed need not be converted: a small product feels it
+        arguments = (*arguments, input_scale, low_rank_x, low_rank_w, swiglu, residual)
+    if x.device.type in _library.compiled:
+        op: Any = torch.ops.kvopt.qlinear.default
+        result: Tensor
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            result = op(*arguments)
+        else:  # past the autograd layer, which is written in Python and takes longer than a small product
+            with torch._C._AutoDispatchBelowAutograd():
+                result = op(*arguments)
+        return result
+    _library.announce_fallback(x.device.type)
+    result = reference.qlinear(*arguments)  # type: ignore[arg-type]
+    return result
+
+
+def qlinear_outliers(
+    x: Tensor,
+    packed: Tensor,
+    meta: Tensor,
+    bias: Tensor | None,
+    n: int,
+    threshold: float,
+    input_scale: Tensor | None = None,
+    low_rank_x: Tensor | None = None,
+    low_rank_w: Tensor | None = None,
+    swiglu: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """:func:`qlinear` of an INT8_DYNAMIC weight without the outlier columns of ``x``, which it multiplies unrounded.
+
+    A column of ``x * input_scale`` is an outlier where any row of this call has a magnitude of ``threshold`` or more.
+    The other columns are rounded to int8 per token by their own largest magnitude; the outliers' product with the
+    dequantised weight is summed in float32, rounded to the dtype of ``x`` and added. Any number of columns may be
+    outliers; on a GPU the host never learns how many. Source: LLM.int8() (Dettmers et al. 2022, section 3.2).
+
+    Args:
+        x: (..., K) float32, float16 or bfloat16.
+        packed: uint8, the codes.
+        meta: int16, the scales.
+        bias: as :func:`qlinear` takes it, like everything that is not named here.
+        n: rows of the weight, N.
+        threshold: positive.
+        input_scale: see :func:`qlinear`.
+        low_rank_x: see :func:`qlinear`.
+        low_rank_w: see :func:`qlinear`.
+        swiglu: see :func:`qlinear`.
+        residual: see :func:`qlinear`.
+
+    Returns:
+        As :func:`qlinear`. A row that holds NaN or infinity comes out as NaN.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or the threshold does not fit; the message names the argument.
+    """
     arguments = (
-        *(x, packed, meta, bias, n, bits, group_size, int(scheme), activation_bits),
+        *(x, packed, meta, bias, n, threshold),
         *(input_scale, low_rank_x, low_rank_w, swiglu, residual),
     )
     if x.device.type in _library.compiled:
-        result: Tensor
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            result = torch.ops.kvopt.qlinear(*arguments)
-        else:  # past the autograd layer, which is written in Python and takes longer than a small product
-            with torch._C._AutoDispatchBelowAutograd():
-                result = torch.ops.kvopt.qlinear(*arguments)
+        result: Tensor = torch.ops.kvopt.qlinear_outliers(*arguments)
         return result
     _library.announce_fallback(x.device.type)
-    return reference.qlinear(*arguments)
+    return reference_outliers.qlinear_outliers(*arguments)
 
 
 def wquant_rtn(weight: Tensor, bits: int, group_size: int, scheme: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -331,4 +385,6 @@ def explain_qlinear(
         *(m, n, k, format.bits, format.group_columns(k), int(format.scheme)),
         *(_DTYPE_NUMBERS[dtype], bits, device, sm, count),
     )
+    if format.outlier_threshold is not None:
+        text += f"; columns with ǀxǀ >= {format.outlier_threshold} are found first, and multiplied unrounded"
     return text

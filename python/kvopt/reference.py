@@ -436,8 +436,12 @@ def linear_unrounded(
     low_rank_w: Tensor | None = None,
     swiglu: bool = False,
     residual: Tensor | None = None,
+    addend: Tensor | None = None,
 ) -> Tensor:
-    """What :func:`qlinear` computes, with a dense weight (N, K) and in its type, not yet rounded to that of ``x``."""
+    """What :func:`qlinear` computes, with a dense weight (N, K) and in its type, not yet rounded to that of ``x``.
+
+    ``addend`` (M, N) is added before SwiGLU.
+    """
     compute, k = weight.dtype, x.shape[-1]
     rows = x.reshape(-1, k)
     if input_scale is not None:
@@ -451,6 +455,8 @@ def linear_unrounded(
         h = h + bias.to(compute)
     if low_rank_x is not None and low_rank_w is not None:
         h = h + low_rank_x.reshape(-1, low_rank_x.shape[-1]).to(compute) @ low_rank_w.to(compute).T
+    if addend is not None:
+        h = h + addend
     if swiglu:
         gate, up = split_swiglu(h)
         h = functional.silu(gate) * up

@@ -12,7 +12,27 @@ from conftest import relative_error
 from kvopt import assets
 from kvopt.cache import Cache, CacheSpec, compress
 
-SPECS = ["full", "window_b24", "sink_b24_s4_orig", "sink_b24_s4", "sink_p30_s2"]
+SPECS = [
+    *(
+        "full",
+        "window_b24",
+        "sink_b24_s4_orig",
+        "sink_b24_s4",
+        "sink_p30_s2",
+        "h2o_b24",
+        "h2o_b24_r8_age",
+        "tova_b24",
+    ),
+    *("snapkv_b40", "snapkv_b40_w16_grow", "random_b24", "kvzip_b24", "sink_b24_s4+pyramid", "pyramidkv_b40"),
+    *(
+        "full+fp8",
+        "full+int8_g4_r8",
+        "h2o_p40",
+        "h2o_b24+ada",
+        "h2o_p40+ada+int4_g4_r8",
+        "window_b40+int2_g8_r16",
+    ),
+]
 MODELS = sorted(TINY)
 
 
@@ -39,7 +59,21 @@ def test_full_is_dynamic_cache_on_real_text(name: str, request: pytest.FixtureRe
         assert torch.equal(model.generate(**inputs, **options), expected)
 
 
-@pytest.mark.parametrize("spec", ["window_b120", "sink_b120_s4_orig", "sink_b120_s4", "window_b200"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(
+            "window_b120",
+            "sink_b120_s4_orig",
+            "sink_b120_s4",
+            "window_b200",
+            "h2o_b120",
+            "snapkv_b120",
+            "tova_b120",
+        ),
+        *("random_b120", "kvzip_b120", "h2o_b120+ada", "pyramidkv_b120+ada", "snapkv_b80_grow"),
+    ],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_budget_of_the_whole_text_changes_no_bit(name: str, spec: str) -> None:
     model = TINY[name]()
@@ -56,6 +90,10 @@ def test_budget_of_the_whole_text_changes_no_bit(name: str, spec: str) -> None:
 def test_left_padding_changes_nothing(name: str, spec: str, prefill: str | int) -> None:
     """Prompts longer and shorter than the budget and than the sinks, 60 decoded tokens, against each row alone."""
     model = TINY[name](dtype=torch.float64)
+    if isinstance(prefill, int) and "ada" in spec and "int" in spec:
+        with pytest.raises(ValueError, match=r"'ada' shares tokens out .* use prefill='full'"):
+            Cache(model, spec, prefill)
+        return
     prompts = [random_ids(1, length) for length in (70, 31, 24, 9, 2)]
     ids, mask = left_padded(prompts)
     more = random_ids(len(prompts), 60)
@@ -77,13 +115,14 @@ def test_left_padding_changes_nothing(name: str, spec: str, prefill: str | int) 
 
 
 @pytest.mark.parametrize("prefill", ["full", 16])
+@pytest.mark.parametrize("spec", ["sink_b24_s4", "h2o_b24", "snapkv_b40+int8_g4_r8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_padded_generate_gives_the_rows_alone(name: str, prefill: str | int) -> None:
+def test_padded_generate_gives_the_rows_alone(name: str, spec: str, prefill: str | int) -> None:
     model = TINY[name]()
     prompts = [random_ids(1, length) for length in (50, 20, 7)]
     ids, mask = left_padded(prompts)
     options = dict(max_new_tokens=50, min_new_tokens=50, do_sample=False)
-    with compress(model, "sink_b24_s4", prefill):
+    with compress(model, spec, prefill):
         together = model.generate(ids, attention_mask=mask, **options)
         for row, prompt in enumerate(prompts):
             assert torch.equal(
@@ -91,16 +130,17 @@ def test_padded_generate_gives_the_rows_alone(name: str, prefill: str | int) -> 
             )
 
 
+@pytest.mark.parametrize("spec", ["sink_b16_s4", "h2o_b16+int4_g4_r8", "kvzip_b16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_two_generations_never_leak(name: str) -> None:
+def test_two_generations_never_leak(name: str, spec: str) -> None:
     model = TINY[name]()
     first, second = random_ids(2, 40), random_ids(3, 25)
     options = dict(max_new_tokens=40, min_new_tokens=40, do_sample=False)
-    expected = model.generate(second, past_key_values=Cache(model, "sink_b16_s4"), **options)
-    with compress(model, "sink_b16_s4"):
+    expected = model.generate(second, past_key_values=Cache(model, spec), **options)
+    with compress(model, spec):
         model.generate(first, **options)
         assert torch.equal(model.generate(second, **options), expected)
-    cache = Cache(model, "sink_b16_s4")
+    cache = Cache(model, spec)
     model.generate(first, past_key_values=cache, **options)
     cache.reset()
     assert cache.nbytes() == 0
@@ -159,6 +199,20 @@ def test_chunked_full_cache_is_unchunked(name: str) -> None:
     for chunk in (1, 7, 16, 49, 50, 51):
         got = run_forced(model, Cache(model, "full", prefill=chunk), ids, more, mask)
         assert relative_error(got, expected) < 1e-6, f"chunks of {chunk}"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_read_twice_may_come_in_chunks(name: str) -> None:
+    """The prompt is held whole until the second reading, so chunks of the first change nothing."""
+    model, (ids, mask) = TINY[name](dtype=torch.float64), left_padded([random_ids(1, 50), random_ids(1, 11)])
+    more = random_ids(2, 10)
+    expected = Cache(model, "kvzip_b16")
+    logits = run_forced(model, expected, ids, more, mask)
+    for chunk in (7, 16, 50):
+        cache = Cache(model, "kvzip_b16", prefill=chunk)
+        assert relative_error(run_forced(model, cache, ids, more, mask), logits) < 1e-6
+        assert torch.equal(cache.positions(1), expected.positions(1))
 
 
 def test_specs_used_here_parse() -> None:

@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from kvopt.cache import (
+    Allocator,
     CacheSpec,
+    Codec,
     MebibyteBudget,
     PercentBudget,
     Policy,
     Sink,
+    SnapKV,
     TokenBudget,
     Tokens,
     register_policy,
 )
-from kvopt.cache.budgets import TokenCost
 from kvopt.cache.policies import POLICIES
 
 
@@ -30,6 +34,17 @@ from kvopt.cache.policies import POLICIES
         ("sink_p20_s4", "sink_p20_s4"),
         ("window_mb64", "window_mb64"),
         ("window_b8+uniform", "window_b8"),
+        ("h2o_b512+int4", "h2o_b512+int4"),
+        ("snapkv_b1024+pyramid+int2_g32_r128", "pyramidkv_b1024+int2_r128"),
+        ("pyramidkv_b1024", "pyramidkv_b1024"),
+        ("pyramidkv_b1024+pyramid", "pyramidkv_b1024"),
+        ("snapkv_w16_b64_grow_k7+fp8_r32", "snapkv_b64_w16_k7_grow+fp8_r32"),
+        ("h2o_b64+int4+ada+pyramid", "h2o_b64+pyramid+ada+int4"),
+        ("full+int8_r96_g48", "full+int8_g48_r96"),
+        ("full+int8_g48", "full+int8_g48"),
+        ("full+int8_g128", "full+int8_g128"),
+        ("full+fp8", "full+fp8"),
+        ("tova_p20+int2_g16", "tova_p20+int2_g16"),
     ],
 )
 def test_parse_and_str_are_inverse(text: str, canonical: str) -> None:
@@ -40,16 +55,34 @@ def test_parse_and_str_are_inverse(text: str, canonical: str) -> None:
 
 def test_objects_and_string_agree() -> None:
     assert CacheSpec(Sink(4, original=True), TokenBudget(256)) == CacheSpec.parse("sink_b256_s4_orig")
+    whole = CacheSpec(SnapKV(), TokenBudget(64), Allocator(pyramid=True, ada=True), Codec("int4", 32, 128))
+    assert whole == CacheSpec.parse("snapkv_b64+int4_r128+ada+pyramid")
+    assert str(whole) == "pyramidkv_b64+ada+int4_r128"
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("h2o_b512", "'h2o' is not available in this version; policies there are: full, .*sink, window"),
-        ("sink_b64+int4", "'int4' is not available in this version"),
-        ("full+minicache", "'minicache' is not available"),
-        ("window_b64+ada", "'ada' is not available"),
-        ("int4", "not available"),
+        ("full+minicache", "'minicache' is not available in this version"),
+        ("int4", "'int4' is no policy and comes behind one, as in 'h2o_b512\\+int4'"),
+        ("ada_b64", "'ada' is no policy"),
+        ("sink_b64+ada", "'ada' compares heads, but 'sink' keeps the same"),
+        ("tova_b64+ada", "'ada' compares heads, but 'tova'"),
+        ("full+pyramid", "'full' keeps everything, there is nothing for 'pyramid'"),
+        ("h2o_b64+uniform+ada", "can't be joined"),
+        ("h2o_b64+ada+ada", "'ada' is given twice"),
+        ("h2o_b64+int4+int2", "one codec only, got 'int4' and 'int2'"),
+        ("h2o_b64+int4+int4", "one codec only"),
+        ("h2o_b64+int3", "unknown part 'int3'; possible: ada, .*did you mean 'int\\d'"),
+        ("h2o_b64+int4_g2", "'g2' must be g4…g256"),
+        ("h2o_b64+int4_g32_r40", "multiple of the group .* got g32 and r40"),
+        ("h2o_b64+int4_r0", "at least one"),
+        ("h2o_b64+fp8_g32", "unknown setting of 'fp8' 'g'"),
+        ("h2o_b64+int4_x", "unknown setting of 'int4' 'x'; possible: g, r"),
+        ("h2o_b1", "needs b2 or more"),
+        ("pyramidkv_b31", "'pyramidkv_b31': b31 is too small"),
+        ("snapkv_b64_k4", "must be odd"),
+        ("snapkv_b40_grow+int4_g64", "needs b64 or more"),
         ("windwo_b64", "did you mean 'window'"),
         ("sink_b64+unifrom", "did you mean 'uniform'"),
         ("window_b64_s4", "unknown setting of 'window' 's'"),
@@ -88,7 +121,9 @@ def test_registered_policy_joins_the_grammar() -> None:
         CacheSpec.parse("parity_b8")
 
 
-@pytest.mark.parametrize("name", ["sink", "h2o", "int4", "two_words", "Capital", ""])
+@pytest.mark.parametrize(
+    "name", ["sink", "h2o", "pyramidkv", "int4", "ada", "minicache", "two_words", "Capital", ""]
+)
 def test_register_refuses_taken_and_unparsable_names(name: str) -> None:
     with pytest.raises(ValueError, match="register_policy"):
         register_policy(name)
@@ -100,7 +135,9 @@ def test_register_refuses_other_classes() -> None:
 
 
 def test_budgets() -> None:
-    cost = TokenCost(token=1024, row=100)
+    def cost(tokens: Sequence[int]) -> int:
+        return 100 * len(tokens) + 1024 * sum(tokens)
+
     assert TokenBudget(7).per_row([1, 99], 5, cost) == [7, 7]
     assert PercentBudget(20).per_row([100, 57, 3], 5, cost) == [20, 11, 5]
     assert MebibyteBudget(1).per_row([10, 10], 5, cost) == [511, 511]

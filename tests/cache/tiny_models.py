@@ -11,13 +11,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 VOCABULARY = 96
 
 
-def tiny_llama(groups: int = 2, dtype: torch.dtype = torch.float32, **settings: Any) -> LlamaForCausalLM:
-    """Two layers, two KV heads with ``groups`` query heads each. Large weights, so that attention is not uniform."""
+def tiny_llama(
+    groups: int = 2, dtype: torch.dtype = torch.float32, layers: int = 2, **settings: Any
+) -> LlamaForCausalLM:
+    """Two KV heads with ``groups`` query heads each. Large weights, so that attention is not uniform."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2 * groups,
         num_key_value_heads=2,
         head_dim=16,

@@ -217,7 +217,12 @@ class Product {
                   load(dtype_, y.data(), row * columns_ + column));
       }
     }
-    score.judge(name(m), w_.n * w_.k, tolerance.x_step);
+    // x * scale is rounded to dtype: u / sqrt(3) for each of K numbers, normal ones (kurtosis 3).
+    const double shared =
+        parts_.input_scale && m > 0
+            ? (parts_.swiglu ? 2 : 1) * unit_roundoff(dtype_) / std::sqrt(double(m * w_.k))
+            : 0;
+    score.judge(name(m), w_.n * w_.k, tolerance.x_step, shared);
   }
 
   // An infinity or NaN in a row of x shows in all of that row, and nowhere else.

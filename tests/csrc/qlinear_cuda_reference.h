@@ -162,8 +162,9 @@ class Score {
     ++counted_;
   }
 
-  // weights: how many there are to round; x_step: as in Tolerance.
-  void judge(const std::string& name, int64_t weights, double x_step) const {
+  // weights: how many there are to round; x_step: as in Tolerance; shared: the standard deviation
+  // of the relative error that all outputs have in common (x rounded once for all of them).
+  void judge(const std::string& name, int64_t weights, double x_step, double shared) const {
     expect(worst_ == 0, name + ": element at " + std::to_string(worst_) + " x its bound");
     if (dtype_ == DType::kFloat32 || x_step > 0 || weights < 4096 || counted_ < 1000) return;
     const double n = static_cast<double>(counted_);
@@ -171,7 +172,7 @@ class Score {
     expect(rms <= allowed,
            name + ": rms error " + std::to_string(rms / allowed) + " x what roundings explain");
     const double gain = std::fabs(gain_) / size_, chance = std::sqrt(chance_) / size_;
-    expect(gain <= 0x1p-13 + 6 * chance,
+    expect(gain <= 0x1p-13 + 6 * (chance + shared),
            name + ": results are off by a factor of 1 + " + std::to_string(gain_ / size_));
   }
 

@@ -50,7 +50,6 @@ void check_product(Random& random, const Weight& w, DType dtype, const Parts& pa
     if (random.below(4) != 0) continue;
     expect(product.run(m, launch, options) == y, product.name(m) + ": second run differs");
     options.graph = true;
-    options.misaligned = false;
     expect(product.run(m, launch, options) == y, product.name(m) + ": graph differs");
   }
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvopt.cache import Cache
 from kvopt.eval import RecallDocument, recall
 
 
@@ -146,10 +147,11 @@ class Latin(Bytes):
 
 
 @pytest.mark.parametrize("cache", [None, "full", "window_b200", "sink_b200_s4"])
-@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("how", ["alone", "history", "query_aware"])
 def test_shared_story_and_padding_equal_decoding_each_question_from_scratch(
-    model: LlamaForCausalLM, cache: str | None, history: bool
+    model: LlamaForCausalLM, cache: str | None, how: str
 ) -> None:
+    history = how == "history"
     story, questions = "Once upon a time", ("Who?", "Where was it, and when?", "Why?")
     answers: list[str] = []
     text = story
@@ -160,13 +162,34 @@ def test_shared_story_and_padding_equal_decoding_each_question_from_scratch(
         answers.append(wrong if i == 1 else right)
         text += answers[-1]
     document = RecallDocument("a", "x", story, questions, tuple(answers))
-    result = recall(model, Latin(), [document], cache=cache, history=history)
+    result = recall(model, Latin(), [document], cache=cache, **({} if how == "alone" else {how: True}))
     assert result.recall == 2 / 3
+    assert ("story and question compressed" in result.note) == (how == "query_aware" and cache is not None)
+
+
+def test_query_aware_keeps_what_the_question_follows(model: LlamaForCausalLM) -> None:
+    """A window that ends with the prompt holds the question in one case and begins behind it in the other."""
+    story, question = "x" * 60, "Who was it?"
+    prompt = f"{story}\n\nQ: {question}\n\nA:"
+    ids = torch.tensor([[0, *prompt.encode("latin-1")]])
+    cache = Cache(model, "window_b20")
+    with torch.no_grad():  # the prompt is attended in full, then 20 tokens stay
+        first = int(model(ids, past_key_values=cache).logits[0, -1].argmax())
+        second = int(model(torch.tensor([[first]]), past_key_values=cache).logits[0, -1].argmax())
+    answer = bytes([first, second]).decode("latin-1")
+    document = RecallDocument("a", "x", story, (question,), (answer,))
+    assert recall(model, Latin(), [document], cache="window_b20", query_aware=True).recall == 1
+
+
+def test_query_aware_dialogue_is_refused(model: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="history"):
+        recall(model, Bytes(), DOCUMENTS, query_aware=True, history=True)
 
 
 @pytest.mark.parametrize("cache", [None, "full"])
-def test_nan_logits_never_pass(model: LlamaForCausalLM, cache: str | None) -> None:
+@pytest.mark.parametrize("query_aware", [False, True])
+def test_nan_logits_never_pass(model: LlamaForCausalLM, cache: str | None, query_aware: bool) -> None:
     with torch.no_grad():
         model.model.norm.weight[2] = float("nan")
     with pytest.raises(FloatingPointError, match="document 'a'"):
-        recall(model, Bytes(), DOCUMENTS, cache=cache)
+        recall(model, Bytes(), DOCUMENTS, cache=cache, query_aware=query_aware)

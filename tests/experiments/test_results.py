@@ -18,8 +18,8 @@ from kvopt.experiments.results import (
     read_results,
     require_writable,
     write_results,
-    write_whole,
 )
+from kvopt.files import write_whole
 
 # The contract of docs/api.md, section "Results": names and order.
 CONTRACT = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,29 @@ def test_every_experiment_with_every_cache(outcome: Outcome) -> None:
             assert getattr(record, name) is not None, name
         assert (record.prompt_tokens, record.n_runs, record.n_warmup, record.n_documents) == (40, 2, 1, 2)
         assert (record.seed, record.em, record.f1) == (5, None, None)
+
+
+def test_recipes_that_need_data_take_the_calibration_text(folder: Path) -> None:
+    from kvopt.experiments.loading import load_quantized_model, quantized_copies
+
+    (plain,) = experiments(folder, "gptq_4bit_g32")
+    with pytest.raises(InputError, match="needs calibration"):
+        load_quantized_model(plain)
+    text = str(folder / "text.txt")
+    plan = make_plan(str(folder), recipes=["gptq_4bit_g32"], device="cpu", calibration=text, seed=5)
+    model, _ = load_quantized_model(plan.experiments[-1])
+    few = make_plan(
+        str(folder), recipes=["gptq_4bit_g32"], device="cpu", calibration=text, calibration_windows=2
+    )
+    assert [config.quantization.calibration for config in plan.experiments] == [text] * 3
+    other, _ = load_quantized_model(few.experiments[-1])
+    dense, _ = load_quantized_model(plan.experiments[0])
+    (rounded,) = quantized_copies(dense, [plain])  # for speed any codes do
+    states = [m.state_dict()["model.layers.1.mlp.down_proj.codes"] for m in (model, other, rounded.model)]
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(states))
+    missing = make_plan(str(folder), recipes=["gptq_4bit_g32"], device="cpu", calibration="/nowhere.txt")
+    with pytest.raises(InputError, match="No such file"):
+        load_quantized_model(missing.experiments[-1])
 
 
 def test_sizes_shrink_as_they_should(outcome: Outcome) -> None:

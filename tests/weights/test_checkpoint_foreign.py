@@ -21,7 +21,7 @@ from kvopt.weights.checkpoint.plain import ScaleRoundingWarning, group_order, in
 from kvopt.weights.checkpoint.words import from_words, to_words, words_of
 from kvopt.weights.formats import QuantizedWeight, WeightFormat
 from kvopt.weights.linear import QuantLinear
-from tiny_models import logits, some_tokens, tiny_llama
+from tiny_models import VOCABULARY, logits, some_tokens, tiny_llama
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -320,3 +320,15 @@ def test_gptqmodel_gives_a_module_its_own_bits(tmp_path):
     assert str(loaded.get_submodule(Q).format) == "int4_g32_sym"
     assert str(loaded.model.layers[0].mlp.up_proj.format) == "int8"
     assert torch.equal(logits(loaded, tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors"])
+def test_awq_that_is_only_folded_goes_into_every_format(format, tmp_path):
+    """Grouped queries: the factor of o_proj has nowhere to go, and is not made."""
+    model, tokens = tiny_llama(num_hidden_layers=1), some_tokens()
+    windows = torch.randint(3, VOCABULARY, (8, 24))
+    report = kvopt.quantize(model, "awq_4bit_g32_sym_fold", calibration=windows, progress=False)
+    assert any(row.method == "awq" for row in report.layers)
+    kvopt.save_quantized(model, tmp_path / "m", format=format)
+    loaded = kvopt.load_quantized(tmp_path / "m", device="cpu")
+    assert relative_error(logits(loaded, tokens), logits(model, tokens)) < 1e-5

@@ -14,7 +14,7 @@ import kvopt
 from conftest import relative_error
 from families import KNOWN, build
 from kvopt.models.adapters import Source, find_layers, groups_of
-from kvopt.weights import folding
+from kvopt.weights import candidates, folding
 from kvopt.weights.walk import weight_of
 
 # Per family: how many of a layer's groups have a source that takes a factor up.
@@ -122,6 +122,39 @@ def test_awq_uses_norms_and_rows_where_it_may_and_an_input_scale_elsewhere():
                 assert torch.allclose(scale, norms[norm] / after[norm], rtol=1e-5)
         if rows[f"model.layers.{index}.self_attn.o_proj"].method == "awq":
             assert layers[index].self_attn.o_proj.quantized_weight.input_scale is not None
+
+
+@pytest.mark.parametrize("bad", [None, "k_proj"])
+def test_fold_only_leaves_no_input_scale_and_is_never_worse_than_rounding(bad, monkeypatch, tmp_path):
+    """Not even where a linear behind a folded norm would be rounded to nearest: then nothing is folded there."""
+    model: Any = build("llama")  # grouped queries: nothing takes up the factor of o_proj
+    outliers(model)
+    norms = {n: p.clone() for n, p in model.named_parameters() if n.endswith("layernorm.weight")}
+    if bad is not None:
+        solve = candidates.solve_folded
+
+        def spoiled(w: torch.Tensor, *args: Any) -> Any:
+            found = solve(w, *args)
+            if w.shape[0] == 16:  # k and v
+                found.weight = kvopt.quantize_weight(torch.randn(w.shape), "int4_g16")
+            return found
+
+        monkeypatch.setattr(candidates, "solve_folded", spoiled)
+    report = kvopt.quantize(model, "awq_4bit_g16_fold", calibration=tokens(), progress=False)
+    packed = [m for m in model.modules() if isinstance(m, kvopt.QuantLinear)]
+    assert len(packed) == 14 and all(m.quantized_weight.input_scale is None for m in packed)
+    rows = {row.name: row for row in report.layers}
+    assert all(row.held_out_error <= row.rtn_held_out_error for row in report.layers)
+    for index in range(2):
+        o = rows[f"model.layers.{index}.self_attn.o_proj"]
+        assert o.method in ("clip", "rtn") and (o.method == "rtn" or "no factor that can be folded" in o.note)
+        norm = f"model.layers.{index}.input_layernorm.weight"
+        folded = not torch.equal(norms[norm], dict(model.named_parameters())[norm])
+        kinds = {rows[f"model.layers.{index}.self_attn.{part}_proj"].method for part in "qkv"}
+        assert ("awq" in kinds) == folded and (kinds == {"awq"} or not folded)
+        assert not (bad and folded)
+    assert any(row.method == "awq" for row in report.layers)
+    assert report.recipe == "awq_4bit_g16_fold"
 
 
 def test_half_precision_norms_are_made_good_exactly():

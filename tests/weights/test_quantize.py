@@ -340,3 +340,21 @@ def test_generates():
         torch.tensor([[1, 2, 3]]), max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
     )
     assert out.shape == (1, 11)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", ["int8", "int4_g16", "int8_dyn", "nf4_dq", "int4_g16+a8"])
+def test_the_short_way_past_autograd_gives_the_same_product(recipe, device):
+    """Also after moving, and for a weight that has something to prepare (double-quantised scales, an input scale)."""
+    weight = kvopt.quantize_weight(torch.randn(48, 128), recipe)
+    if recipe == "int4_g16":
+        weight.input_scale = torch.rand(128) + 0.5
+    for bias in (None, torch.randn(48)):
+        module = kvopt.QuantLinear(weight, bias).to(device)
+        x = torch.randn(3, 5, 128, device=device)
+        expected = module(x)
+        assert relative_error(expected, module.quantized_weight.linear(x, module.bias)) == 0
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                assert torch.equal(module(x), expected)
+                assert torch.equal(module(x.transpose(0, 1)), expected.transpose(0, 1))  # not contiguous

@@ -220,6 +220,19 @@ def test_factor_is_that_of_the_inverse(k):
     assert (factor.u @ h @ factor.u.T - torch.eye(k)).abs().max() < 1e-9
 
 
+@each_device
+@pytest.mark.parametrize("size", [1, 7, 64, 150, 2048])
+def test_factorising_in_blocks_gives_the_matrix_back(device, size):
+    x = torch.randn(300, 150, dtype=torch.float64, device=device)
+    h = x.T @ x
+    r = h.clone()
+    assert gptq.factorize_upper(r, size)
+    assert torch.equal(r, r.triu()) and (r.diagonal() > 0).all()
+    assert torch.allclose(r @ r.T, h, rtol=0, atol=1e-11 * h.norm().item())
+    h[40, 40] = -1.0
+    assert not gptq.factorize_upper(h, size)
+
+
 @pytest.mark.parametrize("group", [16, 48, 128, 144, 1024, 2000])
 @pytest.mark.parametrize("static", [False, True])
 def test_blocks_cover_all_columns_in_order(group, static):

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y (M, N) = x (M, K) w^T for M <= 8: a matrix-vector product, bound by memory.
+// y (M, N) = x (M, K) w^T for M <= 8: a matrix-vector product, bound by memory. One row on sm_90
+// has a kernel of its own (qlinear_gemv_row.cuh).
 //
 //   K: units of 128 to 512 columns; each of the W warps of a tile has consecutive ones
 //   ┌──────┬──────┬─── ─ ─ ───┬──────┬──────┐
@@ -37,6 +38,7 @@
 #include "cuda/device/dequant.cuh"
 #include "cuda/device/mma.cuh"
 #include "cuda/device/qlinear_gemv_plan.cuh"
+#include "cuda/device/qlinear_gemv_row.cuh"
 #include "cuda/device/qlinear_gemv_x.cuh"
 
 namespace kvopt::cuda {
@@ -121,11 +123,6 @@ struct Unit {
         }
       }
     }
-  }
-  // What is made of the codes is made from here on, and not all at once for every unit.
-  __device__ __forceinline__ void hold() {
-#pragma unroll
-    for (int i = 0; i < K::kLoads * 4; ++i) asm volatile("" : "+r"(word[i]));
   }
   __device__ __forceinline__ void operand(uint32_t (&a)[4], int step) const {
     Words<K::kBits> words;
@@ -256,14 +253,11 @@ inline __device__ __noinline__ void finish_any(const Epilogue& e, int m, int n, 
   finish_pair(e, m, n, value0, value8);
 }
 
-template <bool kPlain>
 __device__ __forceinline__ void finish(const Epilogue& e, int m, int n, float value0,
                                        float value8) {
-  if constexpr (!kPlain) {
-    if (!only_stores(e)) {
-      finish_any(e, m, n, value0, value8);
-      return;
-    }
+  if (!only_stores(e)) {
+    finish_any(e, m, n, value0, value8);
+    return;
   }
   const int64_t at = static_cast<int64_t>(m) * e.n + n;
   if (n < e.n) store_float(e.y, at, value0, e.dtype);
@@ -272,7 +266,7 @@ __device__ __forceinline__ void finish(const Epilogue& e, int m, int n, float va
 
 // The outputs of the rows that `marked` names: what is not finite in them
 // decides, the rest adds nothing to it.
-template <int kBits, bool kPlain>
+template <int kBits>
 __device__ __forceinline__ void finish_special(const QLinearProblem& p, const Plan& plan,
                                                uint32_t marked) {
 #pragma unroll 1
@@ -287,7 +281,7 @@ __device__ __forceinline__ void finish_special(const QLinearProblem& p, const Pl
         float value[2];
 #pragma unroll 1
         for (int j = 0; j < 2; ++j) value[j] = special_sum<kBits>(p, m, n + 8 * j);
-        finish<kPlain>(p.epilogue, m, n, value[0], value[1]);
+        finish(p.epilogue, m, n, value[0], value[1]);
       }
     }
   }
@@ -295,7 +289,7 @@ __device__ __forceinline__ void finish_special(const QLinearProblem& p, const Pl
 
 // Adds the warps' sums of `slots` rounds, the first of them at tile `first`,
 // and finishes them. Sums: [slot][group][warp][row of x][row of the tile].
-template <typename K, bool kPlain>
+template <typename K>
 __device__ __forceinline__ void add_partials(const QLinearProblem& p, const Plan& plan,
                                              const float* partial, uint32_t marked, int first,
                                              int slots) {
@@ -320,17 +314,14 @@ __device__ __forceinline__ void add_partials(const QLinearProblem& p, const Plan
       value0 *= kRawUnit;
       value8 *= kRawUnit;
     }
-    finish<kPlain>(p.epilogue, m, tile * 16 + g, value0, value8);
+    finish(p.epilogue, m, tile * 16 + g, value0, value8);
   }
 }
 
-template <typename K, int kWarps, int kDepth>
-__global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
+template <typename K>
+__global__ void __launch_bounds__(kWarps * 32, 1)
     qlinear_gemv_kernel(const __grid_constant__ QLinearProblem p,
                         const __grid_constant__ Plan plan) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if constexpr (kWarps == kEarlyWarps) return;  // never launched there
-#endif
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint32_t special;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -347,7 +338,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
   }
   if (threadIdx.x == 0) special = 0;
   auto* const absmax = reinterpret_cast<uint32_t*>(shared + plan.absmax_at);
-  if (kWarps != kEarlyWarps && p.activation_bits == 8) {
+  if (p.activation_bits == 8) {
     for (int i = threadIdx.x; i < p.groups * p.m; i += blockDim.x) absmax[i] = 0;
   }
   if constexpr (K::kBook) fill_wide_book(shared, p.format.scheme);
@@ -357,8 +348,7 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
 
   unsigned char* const x = shared + plan.x_at;
   unsigned char* const records = shared + plan.record_at;
-  stage_x<K::kFoldSteps, kWarps == kEarlyWarps>(x, records, absmax, &special, p, plan,
-                                                plan.units * K::kUnit);
+  stage_x<K::kFoldSteps>(x, records, absmax, &special, p, plan, plan.units * K::kUnit);
   __syncthreads();
 
   const LaneX<K> lane_x(x, records, p, plan);
@@ -385,75 +375,62 @@ __global__ void __launch_bounds__(kWarps * 32, 16 / kWarps)
     sums = {};
     target += plan.block_warps() * tile_floats;
   };
-  constexpr bool kEarly = kWarps == kEarlyWarps;
-  for (int round = 0; round < (kEarly ? 1 : plan.rounds); round += plan.slots) {
+  for (int round = 0; round < plan.rounds; round += plan.slots) {
     const int slots = min(plan.slots, plan.rounds - round), count = slots * have;
     target = partial + warp * tile_floats + lane / 4;
-    if constexpr (kEarly) {  // everything is loaded already
-#pragma unroll
-      for (int i = 0; i < kDepth; ++i) {
-        if (i >= count) continue;
-        ring[i].hold();
-        use(ring[i]);
-      }
-    } else {
 #pragma unroll 1
-      for (int i = 0; i < count; i += kDepth) {
+    for (int i = 0; i < count; i += kDepth) {
 #pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          if (i + d >= count) continue;
-          use(ring[d]);
-          ring[d].load(p, plan, cursor);
-          cursor.advance(plan);
-        }
+      for (int d = 0; d < kDepth; ++d) {
+        if (i + d >= count) continue;
+        use(ring[d]);
+        ring[d].load(p, plan, cursor);
+        cursor.advance(plan);
       }
     }
     __syncthreads();
-    add_partials<K, kEarly>(p, plan, partial, marked,
-                            blockIdx.x * plan.groups + round * tile_stride, slots);
+    add_partials<K>(p, plan, partial, marked, blockIdx.x * plan.groups + round * tile_stride,
+                    slots);
     if (round + plan.slots < plan.rounds) __syncthreads();
   }
-  if (__builtin_expect(marked != 0, 0)) {
-    finish_special<K::kBits, kWarps == kEarlyWarps>(p, plan, marked);
-  }
+  if (__builtin_expect(marked != 0, 0)) finish_special<K::kBits>(p, plan, marked);
 }
 
-template <typename K, int kWarps, int kDepth>
-int launch(const QLinearProblem& p, const Plan& plan, const Device& device, cudaStream_t stream) {
-  return launch_kernel(qlinear_gemv_kernel<K, kWarps, kDepth>, dim3(plan.grid),
-                       plan.block_warps() * 32, plan.shared_bytes, device.sm >= 90, stream, p,
-                       plan);
+template <typename K>
+int launch(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
+  const Plan plan = make_plan(p, device);
+  return launch_kernel(qlinear_gemv_kernel<K>, dim3(plan.grid), plan.block_warps() * 32,
+                       plan.shared_bytes, device.sm >= 90, stream, p, plan);
 }
 
 template <int kBits, bool kBook, Zeros kZeros>
-int launch_kind(const QLinearProblem& p, const Plan& plan, const Device& device,
-                cudaStream_t stream) {
-  if (fold_steps(p) == 4) {
-    return launch<Kind<kBits, kBook, 4, kZeros>, kWideWarps, kWideDepth>(p, plan, device, stream);
-  }
-  if (plan.early) {
-    return launch<Kind<kBits, kBook, 8, kZeros>, kEarlyWarps, kEarlyDepth>(p, plan, device, stream);
-  }
-  return launch<Kind<kBits, kBook, 8, kZeros>, kWideWarps, kWideDepth>(p, plan, device, stream);
+int launch_kind(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
+  if (fold_steps(p) == 4) return launch<Kind<kBits, kBook, 4, kZeros>>(p, device, stream);
+  return launch<Kind<kBits, kBook, 8, kZeros>>(p, device, stream);
 }
 
 // One translation unit for each, so that they compile side by side.
 template <int kBits, bool kBook>
 int launch_bits(const QLinearProblem& p, const Device& device, cudaStream_t stream) {
+  int error = cudaSuccess;
+  if (p.format.has_zeros()) {
+    if constexpr (!kBook) {
+      if (launch_row<RowKind<kBits, kBook, true>>(p, device, stream, error)) return error;
+    }
+  } else if (launch_row<RowKind<kBits, kBook, false>>(p, device, stream, error)) {
+    return error;
+  }
   constexpr Zeros kRare = kBook ? kWithout : kEither;
-  const Plan plan = make_plan(p, device);
   switch (fold_steps(p)) {
     case 1:
-      return launch<Kind<kBits, kBook, 1, kRare>, kWideWarps, kWideDepth>(p, plan, device, stream);
+      return launch<Kind<kBits, kBook, 1, kRare>>(p, device, stream);
     case 2:
-      return launch<Kind<kBits, kBook, 2, kRare>, kWideWarps, kWideDepth>(p, plan, device, stream);
+      return launch<Kind<kBits, kBook, 2, kRare>>(p, device, stream);
     default:
       if constexpr (!kBook) {
-        if (p.format.has_zeros()) {
-          return launch_kind<kBits, kBook, kWith>(p, plan, device, stream);
-        }
+        if (p.format.has_zeros()) return launch_kind<kBits, kBook, kWith>(p, device, stream);
       }
-      return launch_kind<kBits, kBook, kWithout>(p, plan, device, stream);
+      return launch_kind<kBits, kBook, kWithout>(p, device, stream);
   }
 }
 

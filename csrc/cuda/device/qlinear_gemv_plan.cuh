@@ -25,12 +25,8 @@ KVOPT_HOST_DEVICE constexpr int unit_columns(int bits, int fold_steps) {
   return bits == 4 ? 256 : 512;
 }
 
-// The two forms of a block. Wide: sixteen warps that fill a multiprocessor, two
-// units in registers each. Early: eight warps, four units each; the whole
-// weight is under way before x is there, and with half of the registers the
-// next product's block finds a place beside this one.
-constexpr int kWideWarps = 16, kWideDepth = 2;
-constexpr int kEarlyWarps = 8, kEarlyDepth = 4;
+// Sixteen warps fill a multiprocessor, with two units in registers each.
+constexpr int kWarps = 16, kDepth = 2;
 
 struct Plan {
   int32_t warps, groups;  // W, T
@@ -49,7 +45,6 @@ struct Plan {
   int32_t shared_bytes;
   int32_t grid;
   int64_t codes_stride, meta_stride;  // bytes from a tile of a warp to its next
-  bool early;
 
   KVOPT_HOST_DEVICE int block_warps() const { return warps * groups; }
 };
@@ -97,14 +92,14 @@ struct Deal {
 
 // The fewest warps to a tile (their sums must be added) that keep within 4 % of
 // the least work of the busiest warp.
-inline Deal deal_tiles(int64_t tiles, int units, int block_warps, int64_t multiprocessors) {
+inline Deal deal_tiles(int64_t tiles, int units, int64_t multiprocessors) {
   Deal best{1, units, 0};
   const auto cost = [&](int warps, int turns) {
-    const int64_t at_a_time = multiprocessors * (block_warps / warps);
+    const int64_t at_a_time = multiprocessors * (kWarps / warps);
     return ceil_div(tiles, at_a_time) * turns;
   };
   best.cost = cost(1, units);
-  for (int want = 2; want <= block_warps; want *= 2) {
+  for (int want = 2; want <= kWarps; want *= 2) {
     const int turns = static_cast<int>(ceil_div(units, want));
     const int warps = static_cast<int>(ceil_div(units, turns));
     const int64_t c = cost(warps, turns);
@@ -117,15 +112,10 @@ inline Plan make_plan(const QLinearProblem& p, const Device& device) {
   const int fold = fold_steps(p), unit = unit_columns(p.format.bits, fold);
   Plan plan{};
   plan.units = static_cast<int>(ceil_div(p.blocks * kBlockColumns, unit));
-  Deal deal = deal_tiles(p.tiles, plan.units, kEarlyWarps, device.multiprocessors);
-  // sm_90 lets the next kernel's blocks in; one row of x is what eight warps
-  // stage in no time.
-  plan.early = device.sm >= 90 && fold == 8 && p.m == 1 && deal.cost <= kEarlyDepth &&
-               is_plain(p) && only_stores(p.epilogue);
-  if (!plan.early) deal = deal_tiles(p.tiles, plan.units, kWideWarps, device.multiprocessors);
+  const Deal deal = deal_tiles(p.tiles, plan.units, device.multiprocessors);
   plan.warps = deal.warps;
   plan.turns = deal.turns;
-  plan.groups = std::max(1, std::min((plan.early ? kEarlyWarps : kWideWarps) / plan.warps,
+  plan.groups = std::max(1, std::min(kWarps / plan.warps,
                                      static_cast<int>(ceil_div(p.tiles, device.multiprocessors))));
   const int warps = plan.block_warps();
   plan.grid =
@@ -148,7 +138,7 @@ inline Plan make_plan(const QLinearProblem& p, const Device& device) {
   const int round_bytes = warps * 16 * p.m * 4;
   plan.slots = std::max(1, std::min(plan.rounds, 49152 / round_bytes));
   // A batch of rounds must end with the ring where it began.
-  if (plan.slots < plan.rounds) plan.slots = std::max(1, plan.slots / kEarlyDepth) * kEarlyDepth;
+  if (plan.slots < plan.rounds) plan.slots = std::max(1, plan.slots / kDepth) * kDepth;
 
   int at = p.format.has_book() ? 256 * 128 : 0;
   const auto take = [&](int bytes) {

@@ -189,15 +189,11 @@ __device__ __forceinline__ void stage_plain(unsigned char* x, unsigned char* rec
 // All of x, by all threads of the block. special: bit m is set when row m holds
 // a number that is not finite. absmax: zero on entry; 8-bit activations need a
 // pass of their own to find it.
-template <int kFoldSteps, bool kOnePlainRow>
+template <int kFoldSteps>
 __device__ __forceinline__ void stage_x(unsigned char* x, unsigned char* records, uint32_t* absmax,
                                         uint32_t* special, const QLinearProblem& p,
                                         const Plan& plan, int columns) {
   const int halves = columns / 8;
-  if constexpr (kOnePlainRow) {
-    stage_plain<true, kFoldSteps>(x, records, special, p, plan, 0, halves);
-    return;
-  }
   if (is_plain(p)) {
     if (p.m == 1) {
       stage_plain<true, kFoldSteps>(x, records, special, p, plan, 0, halves);

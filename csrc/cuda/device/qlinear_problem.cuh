@@ -126,6 +126,18 @@ int launch_simt(const QLinearProblem& p, const Device& device, cudaStream_t stre
 // let_next_kernel_start() says from where on the next kernel's blocks are welcome. Not for every
 // kernel: blocks that arrive early can crowd onto few multiprocessors, which cost the fp32 kernel
 // up to a quarter.
+//
+// Which of the two comes first in a kernel is a matter of speed alone. The wait ends when the
+// kernel in front has ended and its writes are seen; that one has waited in its turn before it
+// ended, so a chain holds link by link, also where the next kernel's blocks came before this one's
+// wait was over. What must hold: every kernel launched with overlap waits; what its blocks do
+// before is to read weights; and a kernel that writes weights calls neither. So
+//   before the wait   where a block leaves room for one of the next kernel's (the prologue, the
+//                     copying warps of W8A8): weights then travel while this kernel waits for x
+//   after the wait    where a block fills its multiprocessor (gemv, Hopper's tiles): the next
+//                     kernel's find no room before this one's leave, and would only be asked for
+//   in the last turn  where blocks of the next kernel would take bandwidth from this one's (the
+//                     mma.sync tiles, W8A8's few rows)
 template <typename Kernel, typename... Arguments>
 int launch_kernel(Kernel kernel, dim3 grid, int threads, int shared_bytes, bool overlap,
                   cudaStream_t stream, const Arguments&... arguments) {

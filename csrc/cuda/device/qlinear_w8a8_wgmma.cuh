@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(384, 1) wgmma_kernel(const __grid_constant__ C
 
   if (group == 0) {
     if constexpr (T::kMovesRegisters) shrink_registers<40>();
-    let_next_kernel_start();
+    let_next_kernel_start();  // before the wait: see launch_kernel
     if (warp == 0 && lane == 0) {
       int stage = 0;
       uint32_t phase = 1;  // of `empty`: nothing to wait for in the first round

@@ -25,6 +25,8 @@
 // Bound: at M = 16 the copies (21 us of gate-up's 26, alone) and 16 us of multiplications; at 64
 // the multiplications (27 of 36), whose traffic with the registers leaves the instructions that
 // make weights little to overlap with; from 256 on the multiplications alone.
+// Measured slower: at M = 64 weights made by eight warps for others to multiply from shared memory
+// (105 us), sets of one or two steps, 256 rows of w a block (37 to 40).
 // Limits: fp16 operands; groups that end within 64 columns are slower; sm_90a only.
 #pragma once
 

@@ -171,6 +171,11 @@ __device__ __forceinline__ void shrink_registers() {
 // A phase ends when `count` threads have arrived and all announced bytes have come. Waiting names
 // the phase by its parity: 0 for the first. A barrier no phase of which has ended yet answers
 // parity 1 at once.
+//
+// compute-sanitizer's racecheck does not see that a bulk copy into a stage comes after those who
+// read it have arrived at the stage's empty barrier: it reports a hazard of these reads and the
+// copy for the smallest ring with a full and an empty barrier, as it does for one that does not
+// wait for the empty one.
 
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)

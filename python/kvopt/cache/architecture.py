@@ -24,7 +24,6 @@ class Architecture:
         dtype: of keys and values.
         position_table: entries of a learned position table (GPT-2); None for RoPE.
         arguments: names of the parameters of ``base.forward``, in order.
-        passes_extra: whether ``base.forward`` hands further keyword arguments down to the attention.
     """
 
     base: PreTrainedModel
@@ -35,7 +34,6 @@ class Architecture:
     dtype: torch.dtype
     position_table: int | None
     arguments: tuple[str, ...]
-    passes_extra: bool
 
 
 def read_architecture(model: PreTrainedModel) -> Architecture:
@@ -63,7 +61,6 @@ def read_architecture(model: PreTrainedModel) -> Architecture:
         dtype=base.dtype,
         position_table=None if find_rotary_module(base) is not None else config.max_position_embeddings,
         arguments=tuple(parameters),
-        passes_extra=any(p.kind is p.VAR_KEYWORD for p in parameters.values()),
     )
 
 
@@ -84,6 +81,9 @@ def _refusal(model: PreTrainedModel, base: PreTrainedModel, config: Any) -> str 
         return "it has local attention layers"
     if getattr(config, "num_kv_shared_layers", 0):
         return "its layers share one KV cache"
+    of_keys, of_values = getattr(config, "qk_head_dim", None), getattr(config, "v_head_dim", None)
+    if of_keys is not None and of_values is not None and of_keys != of_values:
+        return f"its keys have {of_keys} numbers a head, its values {of_values}"
     if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
         return "its layers are spread over several devices"
     if find_rotary_module(base) is None and not hasattr(base, "wpe"):

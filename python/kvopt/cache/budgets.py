@@ -3,23 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class TokenCost:
-    """Bytes a cache needs, summed over layers and heads.
-
-    Attributes:
-        token: bytes per kept token of one row, bookkeeping included.
-        row: bytes per row whatever the budget.
-    """
-
-    token: int
-    row: int
+Cost = Callable[[Sequence[int]], int]
+"""Bytes of the whole cache if its rows keep so many tokens per KV head, scales and bookkeeping included."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +17,7 @@ class TokenBudget:
 
     tokens: int
 
-    def per_row(self, lengths: Sequence[int], minimum: int, cost: TokenCost) -> list[int]:
+    def per_row(self, lengths: Sequence[int], minimum: int, cost: Cost) -> list[int]:
         """Tokens each row may keep; ``lengths`` are the unpadded lengths of its prompts."""
         return [self.tokens] * len(lengths)
 
@@ -45,7 +34,7 @@ class PercentBudget:
 
     percent: int
 
-    def per_row(self, lengths: Sequence[int], minimum: int, cost: TokenCost) -> list[int]:
+    def per_row(self, lengths: Sequence[int], minimum: int, cost: Cost) -> list[int]:
         """Tokens each row may keep."""
         return [max(minimum, length * self.percent // 100) for length in lengths]
 
@@ -59,17 +48,23 @@ class MebibyteBudget:
 
     mebibytes: int
 
-    def per_row(self, lengths: Sequence[int], minimum: int, cost: TokenCost) -> list[int]:
+    def per_row(self, lengths: Sequence[int], minimum: int, cost: Cost) -> list[int]:
         """Raises ValueError if not even the policy's minimum fits."""
-        rows = len(lengths)
-        tokens = (self.mebibytes * MIB // rows - cost.row) // cost.token
-        if tokens < minimum:
-            need = -(-rows * (cost.row + minimum * cost.token) // MIB)
+        rows, room = len(lengths), self.mebibytes * MIB
+        least = cost([minimum] * rows)
+        if least > room:
             raise ValueError(
-                f"cache budget mb{self.mebibytes}: {rows} rows at {cost.token} bytes per token have room for "
-                f"{max(tokens, 0)} tokens each, the policy needs {minimum}: mb{need} or more"
+                f"cache budget mb{self.mebibytes}: the policy needs {minimum} tokens in each of {rows} rows, "
+                f"{least} bytes: mb{-(-least // MIB)} or more"
             )
-        return [tokens] * rows
+        # Between a number that fits and one that doesn't. A group more or less moves the bytes up and down a little.
+        fits, misses = minimum, 2 * minimum
+        while cost([misses] * rows) <= room:
+            fits, misses = misses, 2 * misses
+        while misses - fits > 1:
+            middle = (fits + misses) // 2
+            fits, misses = (middle, misses) if cost([middle] * rows) <= room else (fits, middle)
+        return [fits] * rows
 
     def __str__(self) -> str:
         return f"_mb{self.mebibytes}"

@@ -4,30 +4,31 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 
-from kvopt.cache import attention, hooks
+from kvopt.cache import attention, hooks, persistence
 from kvopt.cache.architecture import read_architecture
-from kvopt.cache.budgets import TokenCost
 from kvopt.cache.layer import Layer
-from kvopt.cache.policies import Full
-from kvopt.cache.rotary import check_rotary
-from kvopt.cache.sinks import Sinks
-from kvopt.cache.slots import Rows, Slots
+from kvopt.cache.policies import DecodeRule, Full, Policy
+from kvopt.cache.rotary import Rotary, check_rotary
 from kvopt.cache.spec import CacheSpec
-from kvopt.cache.step import Step, check_padding, many_tokens, one_token
+from kvopt.cache.step import Rows, Step, check_padding, many_tokens, one_token
+from kvopt.cache.store import Shape, largest_parts
 
 
 class Cache(TransformersCache):  # type: ignore[misc]
-    """A KV cache that keeps some of the tokens.
+    """A KV cache that keeps some of the tokens, in fewer bits.
 
     .. code-block:: python
 
-        cache = kvopt.Cache(model, "sink_b256")
+        cache = kvopt.Cache(model, "h2o_b512+int4")
         model.generate(**inputs, past_key_values=cache)
 
     The prompt is attended in full and compressed at its end, or chunk by chunk; from then on no query sees more tokens
@@ -46,6 +47,10 @@ class Cache(TransformersCache):  # type: ignore[misc]
         prefill: ``"full"``, or the chunk length in tokens. Chunks are counted from the end of the prompt, so that a
             row of a left-padded batch is cut where it would be cut alone.
 
+    Attributes:
+        holds: the prompt is kept whole for now, because it will be read a second time.
+        waiting: the layer whose attention is due.
+
     Raises:
         TypeError: ``model`` is no transformers model.
         ValueError: a bad ``spec`` or ``prefill``, or an architecture that is not served; the message names it.
@@ -58,28 +63,42 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"kvopt.Cache: prefill must be 'full' or a chunk length of 1 or more, got {prefill!r}"
             )
         self.chunk: int | None = None if isinstance(prefill, str) else prefill
+        if self.chunk is not None and self.spec.allocator.ada and self.spec.codec.packs:
+            raise ValueError(
+                f"kvopt.Cache: {str(self.spec)!r} with prefill={prefill}: 'ada' shares tokens out among heads when the "
+                f"whole prompt is known, {self.spec.codec.name!r} packs them for good after the first chunk; use "
+                "prefill='full', or leave one of the two out"
+            )
         self.architecture = arch = read_architecture(model)
-        self.sinks: Sinks | None = None
-        if self.spec.policy.sinks and arch.position_table is None:
-            self.sinks = Sinks(check_rotary(arch.base, arch.model_type), self.spec.policy.sinks, arch.layers)
+        policy = self.spec.policy
+        self.spec.codec.check(arch.head_dim, arch.model_type)
+        self.rotary: Rotary | None = None
+        if policy.sinks and arch.position_table is None:
+            self.rotary = check_rotary(arch.base, arch.model_type)
+        computes = type(policy).scores_of is not Policy.scores_of
+        self.scored = policy.observation is not None or computes
+        self.rule = policy.decode or DecodeRule(new_score=None if computes else 0.0)
         self.columns = 0
         self.rows = Rows(0, arch.base.device)
         self.step: Step | None = None
+        self.waiting: int | None = None
+        self.holds = False
+        self._prompt = False  # the prompt is being read
+        self._budgets: list[list[int]] | None = None  # per layer and row
         super().__init__(layers=[Layer(self, index) for index in range(arch.layers)])
         if arch.base.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
         hooks.attach(arch.base)
 
     def __repr__(self) -> str:
-        return f"kvopt.Cache({str(self.spec)!r}, {self.columns} columns seen, {self.rows.used} kept)"
+        return f"kvopt.Cache({str(self.spec)!r}, {self.columns} columns seen)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
         """A second cache for the same model, as the reuse of a common prefix needs it; the model is not copied."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        memo[id(self.architecture)] = self.architecture
-        if self.sinks is not None:
-            memo[id(self.sinks.rotary)] = self.sinks.rotary
+        for shared in (self.architecture, self.rotary, self.spec):
+            memo[id(shared)] = shared
         for name, value in vars(self).items():
             setattr(twin, name, copy.deepcopy(value, memo))
         return twin
@@ -88,70 +107,72 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def nbytes(self) -> int:
         """Bytes of all memory this cache holds, bookkeeping included, each storage once."""
-        tensors = [*self.rows.tensors(), *(self.sinks.tensors() if self.sinks else [])]
+        tensors = self.rows.tensors()
         for layer in self.layers:
             tensors += layer.tensors()
         storages = [tensor.untyped_storage() for tensor in tensors]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
-    def lengths(self) -> torch.Tensor:
+    def lengths(self) -> Tensor:
         """Tokens kept, (layers, batch, KV heads) int32; batch is 0 before the first forward."""
-        kept = self.rows.used - self.rows.holes
-        return kept[None, :, None].repeat(len(self.layers), 1, self.architecture.kv_heads)
+        if not self.columns:
+            heads = self.architecture.kv_heads
+            return torch.zeros((len(self.layers), 0, heads), dtype=torch.int32, device=self.rows.count.device)
+        return torch.stack([layer.store.lengths.sum(dim=-1, dtype=torch.int32) for layer in self.layers])
 
-    def positions(self, layer: int) -> torch.Tensor:
+    def positions(self, layer: int) -> Tensor:
         """Logical positions of the kept tokens, (batch, KV heads, slots) int32, increasing, -1 (first) where empty.
 
-        A position counts the row's own tokens, so it is the same for a row alone and in a left-padded batch.
+        A position counts the row's own tokens, so it is the same for a row alone and in a left-padded batch. ``slots``
+        is what the fullest head holds.
 
         Raises:
             ValueError: no forward has used the cache yet.
         """
-        return self._sorted(layer)[0]
+        return self._read(layer)[2]
 
-    def keys(self, layer: int) -> torch.Tensor:
+    def keys(self, layer: int) -> Tensor:
         """The kept keys in the order of :meth:`positions`, (batch, KV heads, slots, D), 0 where empty.
 
-        Keys with RoPE are those at the original positions, whatever positions the attention uses.
+        They are in the model's type whatever the codec. Keys with RoPE are those at the original positions, whatever
+        positions the attention uses.
         """
-        positions, order = self._sorted(layer)
-        keys = self._gather(self.layers[layer].content.keys.read(self.rows.used), positions, order)
-        if self.sinks is not None and self.sinks.original is not None:
-            first = self.sinks.first
-            at = positions.clamp(0, first - 1).long()[..., None].expand(-1, -1, -1, keys.shape[3])
-            is_sink = (positions >= 0) & (positions < first)
-            keys = torch.where(is_sink[..., None], self.sinks.original[layer].gather(2, at), keys)
-        return keys
+        return self._read(layer)[0]
 
-    def values(self, layer: int) -> torch.Tensor:
+    def values(self, layer: int) -> Tensor:
         """The kept values in the order of :meth:`positions`, (batch, KV heads, slots, D), 0 where empty."""
-        positions, order = self._sorted(layer)
-        return self._gather(self.layers[layer].content.values.read(self.rows.used), positions, order)
+        return self._read(layer)[1]
 
-    def _sorted(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         if not self.columns:
             raise ValueError("kvopt.Cache: it is empty, no forward has used it yet")
-        content = self.layers[layer].content
-        positions = content.slots.positions.narrow(2, 0, self.rows.used)
-        positions = positions.expand(-1, content.keys.read(0).shape[1], -1)
-        ordered, order = positions.sort(dim=-1)
-        return ordered, order
+        store = self.layers[layer].store
+        keys, values, positions, _ = store.read(int(store.lengths.sum(dim=-1).max()))
+        return keys, values, positions
 
-    @staticmethod
-    def _gather(vectors: torch.Tensor, positions: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-        gathered = vectors.gather(2, order[..., None].expand(-1, -1, -1, vectors.shape[3]))
-        return gathered.masked_fill((positions < 0)[..., None], 0)
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes what is kept, as it is kept, to one safetensors file; :meth:`load` continues from it bit for bit.
+
+        Raises:
+            ValueError: no forward has used the cache yet.
+            RuntimeError: a forward is under way, or did not reach its end.
+        """
+        persistence.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> Cache:
+        """A cache for ``model`` that goes on where :meth:`save` left off.
+
+        Raises:
+            ValueError: the file is damaged, was not written by :meth:`save`, or is of a model of another shape; the
+                message says which. Everything in it is checked before it is used.
+        """
+        return persistence.load(cls, path, model)
 
     # One forward: the hooks call `begin` and `finish`, the layers read `step`.
 
-    @property
-    def slots(self) -> Slots:
-        """The slots of layer 0, which all layers share if the policy looks at positions only."""
-        slots: Slots = self.layers[0].content.slots
-        return slots
-
     def begin(
-        self, batch: int, new: int, mask: torch.Tensor | None, device: torch.device, *, partial: bool
+        self, batch: int, new: int, mask: Tensor | None, device: torch.device, *, partial: bool
     ) -> Step:
         """Prepares a forward of ``new`` tokens per row.
 
@@ -170,25 +191,25 @@ class Cache(TransformersCache):  # type: ignore[misc]
         self._check(batch)
         sinks, table = self.spec.policy.sinks, self.architecture.position_table
         if self.columns and new == 1 and not partial:
-            self.step = one_token(self.rows, self.slots, sinks, self.sinks, table)
+            self.step = one_token(self.rows, sinks, table)
             return self.step
-        valid = self._valid(batch, new, mask, device)
-        if not self.columns and not partial:
+        valid = self.valid(batch, new, mask, device)
+        first = not self.columns
+        if first and not partial:
             self._limit(valid)
-        slots = self.slots if self.columns else None
-        self.step = many_tokens(self.rows, slots, valid, sinks, self.sinks, table, partial=partial)
+        self.step = many_tokens(
+            self.rows, valid, sinks, table, first=first, prompt=self._prompt, partial=partial
+        )
         return self.step
 
-    def begin_prompt(
-        self, batch: int, new: int, mask: torch.Tensor | None, device: torch.device
-    ) -> torch.Tensor:
+    def begin_prompt(self, batch: int, new: int, mask: Tensor | None, device: torch.device) -> Tensor:
         """Looks at a prompt that will come in chunks; arguments and errors are those of :meth:`begin`.
 
         Returns:
             (B, q) bool, which of its columns are tokens.
         """
         self._check(batch)
-        valid = self._valid(batch, new, mask, device)
+        valid = self.valid(batch, new, mask, device)
         check_padding(valid)
         if not self.columns:
             self._limit(valid)
@@ -197,14 +218,63 @@ class Cache(TransformersCache):  # type: ignore[misc]
     def finish(self) -> None:
         """The forward has run through."""
         assert self.step is not None
+        self.check_attended()
         self.columns += self.step.new
+        self._prompt = self._prompt and self.step.more
         self.step = None
 
-    def _limit(self, valid: torch.Tensor) -> None:
+    def settle(self) -> None:
+        """Ends the second reading: what is to stay of the prompt is chosen, layer by layer."""
+        self.holds = False
+        for layer in self.layers:
+            layer.settle()
+
+    def check_attended(self) -> None:
+        """Raises RuntimeError where a layer got keys, but its attention never came."""
+        if self.waiting is not None:
+            raise RuntimeError(
+                f"kvopt.Cache: layer {self.waiting} of model type {self.architecture.model_type!r} took its keys "
+                "elsewhere than to transformers' attention interface"
+            )
+
+    def budgets(self, layer: int) -> list[int] | None:
+        """Tokens per KV head that each row may keep in ``layer``, mean over heads; None without a limit."""
+        return None if self._budgets is None else self._budgets[layer]
+
+    def _limit(self, valid: Tensor) -> None:
         self.rows = Rows(valid.shape[0], valid.device)
-        if self.spec.budget is not None:
-            lengths = valid.sum(dim=1).tolist()
-            self.rows.limit(self.spec.budget.per_row(lengths, self.spec.policy.minimum, self._cost()))
+        self._prompt = True
+        self.holds = self.spec.policy.second_reading
+        if self.spec.budget is None:
+            return
+        lengths = valid.sum(dim=1).tolist()
+        budgets = self.spec.budget.per_row(
+            lengths, self.spec.minimum, lambda tokens: self._cost(tokens, lengths)
+        )
+        self.rows.limit(budgets)
+        self._budgets = self._per_layer(budgets, lengths)
+
+    def _per_layer(self, budgets: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        layers, least = self.architecture.layers, self.spec.minimum
+        rows = [
+            self.spec.allocator.per_layer(budget, layers, length, least)
+            for budget, length in zip(budgets, lengths, strict=True)
+        ]
+        return [list(layer) for layer in zip(*rows, strict=True)]
+
+    def _cost(self, budgets: Sequence[int], lengths: Sequence[int]) -> int:
+        """Bytes of the cache if its rows keep ``budgets`` tokens per KV head; an upper bound with ``ada``."""
+        arch, spec = self.architecture, self.spec
+        shape = Shape(len(budgets), arch.kv_heads, arch.head_dim, arch.dtype, spec.codec, self.scored)
+        known: dict[tuple[int, ...], int] = {}
+        total = 2 * 4 * len(budgets)  # Rows
+        for layer in self._per_layer(budgets, lengths):
+            key = tuple(layer)
+            if key not in known:
+                slots = largest_parts(layer, arch.kv_heads, spec.codec, uneven=spec.allocator.ada)
+                known[key] = shape.nbytes(*slots) + 4 * len(budgets) * arch.kv_heads
+            total += known[key]
+        return total
 
     def _check(self, batch: int) -> None:
         if self.step is not None:
@@ -217,7 +287,8 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"kvopt.Cache: it holds {have} rows, got a batch of {batch}; cache.reset() starts anew"
             )
 
-    def _valid(self, batch: int, new: int, mask: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    def valid(self, batch: int, new: int, mask: Tensor | None, device: torch.device) -> Tensor:
+        """(B, q) bool, which of the new columns are tokens; ValueError for a mask that does not fit."""
         if mask is None:
             return torch.ones((batch, new), dtype=torch.bool, device=device)
         if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in (new, self.columns + new):
@@ -226,21 +297,13 @@ class Cache(TransformersCache):  # type: ignore[misc]
             )
         return mask[:, -new:].to(device=device, dtype=torch.bool)
 
-    def _cost(self) -> TokenCost:
-        arch, policy = self.architecture, self.spec.policy
-        vector = self.spec.codec.bytes_per_vector(arch.head_dim, arch.dtype)
-        heads = arch.layers * arch.kv_heads
-        places = 4 * (1 if policy.positions_only else heads)
-        first = policy.sinks if self.sinks else 0
-        return TokenCost(token=heads * 2 * vector + places, row=12 + first * (heads * vector + 8))
-
     # What transformers asks of a cache.
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes (B, H, q, D) new keys and values of one layer; returns those that the step attends to."""
-        seen: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(key_states, value_states)
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes (B, H, q, D) new keys and values of one layer and returns them for the attention to go on."""
+        seen: tuple[Tensor, Tensor] = self.layers[layer_idx].update(key_states, value_states)
         return seen
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -249,25 +312,22 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forgets everything and frees the memory."""
-        self.step = None
+        self.step = self.waiting = self._budgets = None
         self.columns = 0
+        self.holds = self._prompt = False
         self.rows = Rows(0, self.architecture.base.device)
-        if self.sinks is not None:
-            self.sinks.clear()
         for layer in self.layers:
             layer.reset()
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps ``indices`` of the batch, in that order."""
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         rows = rows.to(self.rows.count.device, torch.int64)
-        self.rows.select_rows(rows)
-        if self.sinks is not None:
-            self.sinks.select_rows(rows)
+        self.rows.select(rows)
         for layer in self.layers:
             layer.select_rows(rows)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues what row ``beam_idx[i]`` was."""
         self.batch_select_indices(beam_idx)
 
@@ -285,7 +345,8 @@ class Cache(TransformersCache):  # type: ignore[misc]
         """Takes back the newest tokens: as many as a negative number says, or all beyond a positive length.
 
         Raises:
-            ValueError: the policy evicts, so what stood there before the tokens may be gone.
+            ValueError: the policy evicts, so what stood there before the tokens may be gone; or some of them are packed
+                already, in groups with tokens that stay.
         """
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.columns - tokens_to_remove)
         if remove == 0:
@@ -298,8 +359,15 @@ class Cache(TransformersCache):  # type: ignore[misc]
             self.reset()
             return
         rows = self.rows
-        rows.count = (rows.count - remove).clamp(min=0)
-        rows.used -= remove
-        self.slots.positions.narrow(2, rows.used, remove).fill_(-1)
+        count = (rows.count - remove).clamp(min=0)
+        if not all(layer.store.reaches(count) for layer in self.layers):
+            raise ValueError(
+                f"kvopt.Cache: {str(self.spec)!r} can't take back {remove} tokens, some of them are packed; the newest "
+                f"{self.spec.codec.residual - self.spec.codec.group + 1} never are"
+            )
+        rows.count = count
+        for layer in self.layers:
+            layer.store.cut(count)
+            layer.room += min(remove, rows.fewest)
         rows.fewest, rows.most = max(0, rows.fewest - remove), rows.most - remove
         self.columns -= remove

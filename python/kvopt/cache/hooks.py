@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache as TransformersCache
 
+from kvopt.cache.second_reading import AGAIN, read_again
+
 if TYPE_CHECKING:
     from kvopt.cache.cache import Cache
 
@@ -20,6 +22,7 @@ Arguments = dict[str, Any]
 
 _ATTACHED = "_kvopt_attached"
 _AMBIENT = "_kvopt_ambient"
+_PARTIAL = "kvopt_partial"  # among the arguments of a forward: it reads a chunk that was cut off here
 _WHOLE = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "cache_position")
 
 
@@ -106,26 +109,34 @@ def _prepare(cache: Cache, module: Any, kwargs: Arguments, *, partial: bool = Fa
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     batch, new = tokens.shape[:2]
     mask = kwargs.get("attention_mask")
+    if kwargs.pop(AGAIN, False):
+        return _pass(cache, kwargs, tokens)
     hidden: list[torch.Tensor] = []
+    more = _PARTIAL in kwargs
+    again = None
+    if cache.spec.policy.second_reading and not cache.columns and not more:
+        again = tokens, cache.valid(batch, new, mask, tokens.device)
     if cache.chunk is not None and new > cache.chunk:
         hidden, kwargs = _read_chunks(cache, module, kwargs, new, tokens.device)
         new, mask, partial = cache.chunk, kwargs["attention_mask"], True
     kwargs = dict(kwargs)
-    partial = kwargs.pop("kvopt_partial", partial)
+    partial = kwargs.pop(_PARTIAL, partial)
     step = cache.begin(batch, new, mask, tokens.device, partial=partial)
-    step.hidden = hidden
+    step.hidden, step.again, step.more = hidden, again, more
     learned_inside = cache.spec.policy.sinks > 0 and cache.architecture.position_table is not None
     if learned_inside or kwargs.get("position_ids") is None:
         kwargs["position_ids"] = step.position_ids(inside=learned_inside)
-    if step.before:
-        # Never None: transformers would take that as leave to look for padding in the tokens, and wait for the device.
-        always = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=tokens.device)
-        kwargs["attention_mask"] = (
-            step.mask if step.mask is not None else always.expand(batch, 1, new, step.keep)
-        )
-    if cache.architecture.passes_extra:
-        kwargs["kvopt_cache"] = cache
-    return kwargs
+    return kwargs if step.first else _pass(cache, kwargs, tokens)
+
+
+def _pass(cache: Cache, kwargs: Arguments, tokens: torch.Tensor) -> Arguments:
+    """A mask that says nothing, for a cache that knows which tokens see which.
+
+    Never None: transformers would take that as leave to look for padding in the tokens, and wait for the device.
+    """
+    batch, new = tokens.shape[:2]
+    always = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=tokens.device)
+    return dict(kwargs, attention_mask=always.expand(batch, 1, new, new))
 
 
 def _read_chunks(
@@ -150,7 +161,7 @@ def _read_chunks(
                 part[name] = whole[:, start:end] if name == "inputs_embeds" else whole[..., start:end]
         if end == new:
             return hidden, part
-        output = module(**part, kvopt_partial=True)
+        output = module(**part, **{_PARTIAL: True})
         hidden.append(output[0])
         start, end = end, end + cache.chunk
 
@@ -159,10 +170,12 @@ def _after(module: Any, args: tuple[Any, ...], kwargs: Arguments, output: Any) -
     from kvopt.cache.cache import Cache
 
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, Cache) or cache.step is None:
+    if not isinstance(cache, Cache) or cache.step is None or cache.step.reading:
         return None
-    hidden = cache.step.hidden
+    hidden, again = cache.step.hidden, cache.step.again
     cache.finish()
+    if again is not None:
+        read_again(cache, module, *again)
     if not hidden:
         return None
     whole = torch.cat([*hidden, output[0]], dim=1)

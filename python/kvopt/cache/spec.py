@@ -1,95 +1,145 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CacheSpec: the choice of a KV cache as four independent objects and one short string."""
+"""CacheSpec: the choice of a KV cache as independent objects, one per axis, and one short string."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvopt.cache.allocators import ADA, PYRAMID, UNIFORM, Allocator
 from kvopt.cache.budgets import Budget, MebibyteBudget, PercentBudget, TokenBudget
-from kvopt.cache.codecs import Codec, ModelType
-from kvopt.cache.policies import POLICIES, Full, Policy
+from kvopt.cache.codecs import CODECS, Codec
+from kvopt.cache.policies import POLICIES, Full, Policy, SnapKV
 from kvopt.grammar import Part, reject_leftovers, split_choice, take_number, unknown
 
 _WHAT = "cache spec"
-_PLANNED_POLICIES = ("h2o", "snapkv", "tova", "pyramidkv", "kvzip", "random")
-_PLANNED_PARTS = {
-    "pyramid": "allocator",
-    "ada": "allocator",
-    "fp8": "codec",
-    "int8": "codec",
-    "int4": "codec",
-    "int2": "codec",
-    "minicache": "merge",
-}
-_AVAILABLE_PARTS = ("uniform",)
-RESERVED = {"full", "window", "sink", *_PLANNED_POLICIES, *_PLANNED_PARTS, *_AVAILABLE_PARTS}
+_PYRAMIDKV = "pyramidkv"  # snapkv + pyramid, the name of the paper
+_ALLOCATORS = (UNIFORM, PYRAMID, ADA)
+_PLANNED_PARTS = {"minicache": "merge"}
+RESERVED = {*POLICIES, _PYRAMIDKV, *_ALLOCATORS, *CODECS, *_PLANNED_PARTS}
 _MAXIMUM = {"b": 2**24, "p": 100, "mb": 2**20}
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Which tokens stay, how many, and in how many bits.
+    """Which tokens stay, how many of them where, and in how many bits.
 
-    ``CacheSpec.parse("sink_b256_s4_orig")`` and ``CacheSpec(Sink(4, original=True), TokenBudget(256))`` are equal, and
-    ``str`` gives the canonical string back. Grammar: ``<policy>_b<tokens>[+ allocator][+ codec][+ merge]``; the budget
-    is ``_b512`` (tokens per KV head), ``_p20`` (per cent of the prompt) or ``_mb64`` (MiB for the whole cache). This
-    version has the policies ``full``, ``window``, ``sink`` and registered ones, the allocator ``uniform`` and the
-    model's own type as codec.
+    ``CacheSpec.parse("sink_b256_s4_orig+int4")`` and ``CacheSpec(Sink(4, original=True), TokenBudget(256),
+    codec=Codec.named("int4"))`` are equal, and ``str`` gives the canonical string back. Grammar: ``<policy>_b<tokens>
+    [+ allocator] [+ codec]``, the parts after the policy in any order; the budget is ``_b512`` (tokens per KV head,
+    mean over layers and heads), ``_p20`` (per cent of the prompt) or ``_mb64`` (MiB for the whole cache).
 
     Raises:
-        ValueError: a policy without the budget it needs, a budget for ``full``, or one below the policy's minimum.
+        ValueError: a policy without the budget it needs, a budget for ``full``, one below the policy's minimum, or an
+            allocator that the policy gives nothing to go by.
     """
 
     policy: Policy = field(default_factory=Full)
     budget: Budget | None = None
-    codec: Codec = field(default_factory=ModelType)
+    allocator: Allocator = field(default_factory=Allocator)
+    codec: Codec = field(default_factory=Codec)
 
     def __post_init__(self) -> None:
         name = self.policy.name
         if isinstance(self.policy, Full):
             if self.budget is not None:
                 raise ValueError(f"{_WHAT} 'full{self.budget}': 'full' keeps everything and takes no budget")
+            if not self.allocator.uniform:
+                raise ValueError(
+                    f"{_WHAT} {str(self)!r}: 'full' keeps everything, there is nothing for {str(self.allocator)!r} to "
+                    "share out"
+                )
         elif self.budget is None:
             raise ValueError(
                 f"{_WHAT} {name!r}: it needs a budget, _b<tokens>, _p<per cent> or _mb<MiB>, as in '{name}_b256'"
             )
-        elif isinstance(self.budget, TokenBudget) and self.budget.tokens < self.policy.minimum:
+        elif isinstance(self.budget, TokenBudget) and self.budget.tokens < self.minimum:
             raise ValueError(
                 f"{_WHAT} {str(self)!r}: b{self.budget.tokens} is too small, {name!r} with these settings needs "
-                f"b{self.policy.minimum} or more"
+                f"b{self.minimum} or more"
+            )
+        if self.allocator.ada and (self.policy.positions_only or self.policy.shared_heads):
+            raise ValueError(
+                f"{_WHAT} {str(self)!r}: 'ada' compares heads, but {name!r} keeps the same tokens in all of them; "
+                "possible: uniform, pyramid"
             )
 
+    @property
+    def minimum(self) -> int:
+        """The smallest budget in tokens: what the policy needs, and a group to pack where the cache goes on growing."""
+        return max(self.policy.minimum, self.codec.group if self.policy.grows else 1)
+
     def __str__(self) -> str:
-        return f"{self.policy.name}{self.budget or ''}{self.policy.settings()}"
+        name, parts = self.policy.name, []
+        pyramidkv = self.allocator.pyramid and isinstance(self.policy, SnapKV)
+        if pyramidkv:
+            name = _PYRAMIDKV
+        if self.allocator.pyramid and not pyramidkv:
+            parts.append(PYRAMID)
+        if self.allocator.ada:
+            parts.append(ADA)
+        if self.codec.packs:
+            parts.append(str(self.codec))
+        return "+".join([f"{name}{self.budget or ''}{self.policy.settings()}", *parts])
 
     @classmethod
     def parse(cls, choice: str | CacheSpec) -> CacheSpec:
-        """Reads a choice such as ``"sink_b256_s4"``; a CacheSpec is passed through.
+        """Reads a choice such as ``"h2o_b512+int4"``; a CacheSpec is passed through.
 
         Raises:
             ValueError: an unknown part (the nearest match is named), a part that this version does not have yet, a
-                value out of range, or an impossible pair.
+                value out of range, two parts of one kind, or an impossible pair.
         """
         if isinstance(choice, CacheSpec):
             return choice
         first, *others = split_choice(choice, _WHAT)
-        if first.name in _PLANNED_POLICIES or (first.name in _PLANNED_PARTS and not others):
-            raise _not_available(choice, first, "policies", POLICIES)
-        if first.name not in POLICIES:
-            raise unknown(_WHAT, choice, "policy", first.name, POLICIES)
+        name = SnapKV.name if first.name == _PYRAMIDKV else first.name
+        if name not in POLICIES:
+            raise _no_policy(choice, first.name)
         settings = dict(first.settings)
         budget = _take_budget(settings, choice)
-        policy = POLICIES[first.name].from_settings(settings, choice)
-        possible = [*_MAXIMUM, *(["s", "orig"] if first.name == "sink" else [])]
-        reject_leftovers(settings, first.name, possible, what=_WHAT, text=choice)
-        for part in others:
-            if part.name in _PLANNED_PARTS:
-                raise _not_available(choice, part, "parts after the policy", _AVAILABLE_PARTS)
-            if part.name not in _AVAILABLE_PARTS:
-                raise unknown(_WHAT, choice, "part", part.name, [*_AVAILABLE_PARTS, *_PLANNED_PARTS])
-            reject_leftovers(part.settings, part.name, [], what=_WHAT, text=choice)
-        return cls(policy, budget)
+        kind = POLICIES[name]
+        policy = kind.from_settings(settings, choice)
+        reject_leftovers(settings, first.name, [*_MAXIMUM, *kind.options], what=_WHAT, text=choice)
+        allocator, codec = _read_parts(choice, others, first.name == _PYRAMIDKV)
+        return cls(policy, budget, allocator, codec)
+
+
+def _read_parts(text: str, parts: list[Part], pyramid: bool) -> tuple[Allocator, Codec]:
+    allocators, codec = [PYRAMID] if pyramid else [], Codec()
+    for part in parts:
+        settings = dict(part.settings)
+        if part.name in _PLANNED_PARTS:
+            raise ValueError(
+                f"{_WHAT} {text!r}: {part.name!r} is not available in this version; parts after the policy there are: "
+                f"{', '.join((*_ALLOCATORS, *CODECS))}"
+            )
+        if part.name in CODECS:
+            if codec.packs:
+                raise ValueError(f"{_WHAT} {text!r}: one codec only, got {codec.name!r} and {part.name!r}")
+            codec = Codec.from_settings(part.name, settings, text)
+            reject_leftovers(settings, part.name, ["g", "r"], what=_WHAT, text=text)
+        elif part.name in _ALLOCATORS:
+            reject_leftovers(settings, part.name, [], what=_WHAT, text=text)
+            if part.name in allocators and not (pyramid and part.name == PYRAMID):
+                raise ValueError(f"{_WHAT} {text!r}: {part.name!r} is given twice")
+            allocators.append(part.name)
+        else:
+            raise unknown(_WHAT, text, "part", part.name, [*_ALLOCATORS, *CODECS, *_PLANNED_PARTS])
+    if UNIFORM in allocators and len(allocators) > 1:
+        raise ValueError(
+            f"{_WHAT} {text!r}: 'uniform' shares out evenly, it can't be joined with another allocator"
+        )
+    return Allocator(PYRAMID in allocators, ADA in allocators), codec
+
+
+def _no_policy(text: str, name: str) -> ValueError:
+    if name in (*_ALLOCATORS, *CODECS, *_PLANNED_PARTS):
+        return ValueError(
+            f"{_WHAT} {text!r}: {name!r} is no policy and comes behind one, as in 'h2o_b512+{name}'; policies: "
+            f"{', '.join(sorted({*POLICIES, _PYRAMIDKV}))}"
+        )
+    return unknown(_WHAT, text, "policy", name, [*POLICIES, _PYRAMIDKV])
 
 
 def _take_budget(settings: dict[str, int | bool], text: str) -> Budget | None:
@@ -102,10 +152,3 @@ def _take_budget(settings: dict[str, int | bool], text: str) -> Budget | None:
     assert number is not None
     kinds: dict[str, Callable[[int], Budget]] = {"b": TokenBudget, "p": PercentBudget, "mb": MebibyteBudget}
     return kinds[given[0]](number)
-
-
-def _not_available(text: str, part: Part, kind: str, have: Iterable[str]) -> ValueError:
-    names = ", ".join(sorted(have))
-    return ValueError(
-        f"{_WHAT} {text!r}: {part.name!r} is not available in this version; {kind} there are: {names}"
-    )

@@ -3,12 +3,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from kvopt.cache.sinks import Sinks
-from kvopt.cache.slots import Rows, Slots
+
+class Rows:
+    """What is known of each row, the same for all layers. Tensors live on the device, plain numbers are bounds.
+
+    Attributes:
+        count: (B,) int32, tokens seen by each row, padding excluded.
+        budget: (B,) int32, tokens it may keep per KV head, mean over layers and heads; None without a limit.
+        fewest, most: bounds of ``count``.
+        least, largest: bounds of ``budget``.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.count = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.budget: Tensor | None = None
+        self.fewest = self.most = self.least = self.largest = 0
+
+    def limit(self, budgets: Sequence[int]) -> None:
+        """Sets each row's own budget."""
+        self.budget = torch.tensor(budgets, dtype=torch.int32, device=self.count.device)
+        self.least, self.largest = min(budgets), max(budgets)
+
+    def gap(self, seen: Tensor, most: int) -> Tensor | None:
+        """How many of ``seen`` (B,) tokens are not kept, (B,) int32; None if surely none, at most ``most`` in a row."""
+        if self.budget is None or most <= self.least:
+            return None
+        return (seen - self.budget).clamp(min=0)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps ``rows`` (int64) of the batch, in that order."""
+        self.count = self.count.index_select(0, rows)
+        if self.budget is not None:
+            self.budget = self.budget.index_select(0, rows)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held, for counting bytes."""
+        return [self.count] if self.budget is None else [self.count, self.budget]
 
 
 @dataclass
@@ -17,39 +53,42 @@ class Step:
 
     Attributes:
         new: tokens per row, padding included.
-        before, keep: columns in use before and after.
         positions: (B, q) int32 logical positions of the new tokens, -1 for padding.
-        append: the new tokens go behind the others, nothing is dropped.
+        newest: (B,) int32, position of the newest token of each row.
+        seen: (B,) int32, tokens each row has seen: with this one if it is one, before these if they are several.
+        first: the cache was empty: the new tokens see each other only, through transformers' own mask.
         one: a decoded token, for which room is made first; otherwise the new tokens see all that is kept.
-        full: no slot is empty among the tokens a policy is asked about.
+        prompt: the new tokens belong to the prompt, as its whole or a part.
         gap: (B,) int32, how far kept sinks are from their original positions; None for not at all.
-        hole: what :meth:`Rows.fill` returned.
-        mask: (B, 1, q, n) bool over the tokens this step sees; None where the attention needs none, or where the
-            cache was empty and transformers' own mask is right.
-        moved, sink_slots: the sinks of each layer where they belong in this step, and their slots.
-        arrivals: which new tokens are sinks, as :meth:`Sinks.keep` takes it.
-        choice: what the first layer chose, for a policy that looks at positions only: the slots to write,
-            (B, 1, 1 + sinks, 1), or the columns to keep, (B, 1, keep).
+        most: tokens seen by any row, the new ones included, at most.
+        kept: tokens that were seen before by any row, at most.
+        mask: what the attention of several tokens on a filled cache may see among the new ones, (B, 1, q, q) bool.
+        reading: the tokens are read a second time to score those that are kept, and not stored.
+        chosen: what the first layer chose for all, where a policy looks at positions only.
         hidden: the decoder's output for the chunks of a prompt that came before this one.
+        again: the whole prompt that is to be read a second time: tokens or embeddings, and (B, T) bool, which columns
+            are tokens.
+        more: further chunks of the same prompt follow.
     """
 
     new: int
-    before: int
-    keep: int
-    positions: torch.Tensor
-    append: bool
-    one: bool
-    full: bool = False
-    gap: torch.Tensor | None = None
-    hole: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    moved: tuple[torch.Tensor, ...] | None = None
-    sink_slots: torch.Tensor | None = None
-    arrivals: tuple[torch.Tensor, torch.Tensor] | None = None
-    choice: torch.Tensor | None = None
-    hidden: list[torch.Tensor] = field(default_factory=list)
+    positions: Tensor
+    newest: Tensor
+    seen: Tensor
+    first: bool = False
+    one: bool = False
+    prompt: bool = False
+    gap: Tensor | None = None
+    most: int = 0
+    kept: int = 0
+    mask: Tensor | None = None
+    reading: bool = False
+    chosen: tuple[Tensor, Tensor] | None = None
+    hidden: list[Tensor] = field(default_factory=list)
+    again: tuple[Tensor, Tensor] | None = None
+    more: bool = False
 
-    def position_ids(self, inside: bool) -> torch.Tensor:
+    def position_ids(self, inside: bool) -> Tensor:
         """(B, q) int64: the tokens' logical positions, or, ``inside``, their places in the cache; 0 for padding."""
         positions = self.positions
         if inside and self.gap is not None:
@@ -57,60 +96,40 @@ class Step:
         return positions.clamp(min=0).long()
 
 
-def one_token(rows: Rows, slots: Slots, sinks: int, moving: Sinks | None, table: int | None) -> Step:
+def one_token(rows: Rows, sinks: int, table: int | None) -> Step:
     """A decoded token. Does not wait for the device.
 
     Args:
         rows: brought to the state after this token.
-        slots: of layer 0.
         sinks: how many first tokens appear at positions inside the cache.
-        moving: their keys, for a model with RoPE.
         table: positions in the model's learned table.
 
     Raises:
         ValueError: the token's position is beyond the table.
     """
-    position = rows.count
-    append = rows.capacity is None or rows.used < rows.capacity
-    _check_table(table, rows.used + append if sinks else rows.most + 1)
-    step = Step(1, rows.used, rows.used + int(append), position[:, None], append, one=True)
-    if not append:
-        step.hole = rows.fill()
-        step.full = step.hole is None and rows.most_holes == 0
-        if sinks:
-            step.gap = position - (rows.used - 1) + rows.holes
-            if moving is not None:
-                step.moved, step.sink_slots = moving.move(step.gap), moving.locate(slots, rows)
-    if moving is not None and rows.fewest < sinks:
-        arrived = position[:, None] == torch.arange(sinks, dtype=torch.int32, device=position.device)
-        step.arrivals = (torch.zeros_like(arrived, dtype=torch.int64), arrived)
-    rows.used = step.keep
+    position, most = rows.count, rows.most + 1
+    _check_table(table, min(most, rows.largest) if sinks else most)
     rows.count = position + 1
+    step = Step(1, position[:, None], position, rows.count, one=True, most=most, kept=rows.most)
+    if sinks:
+        step.gap = rows.gap(rows.count, most)
     rows.fewest += 1
-    rows.most += 1
-    step.mask = rows.mask()
+    rows.most = most
     return step
 
 
 def many_tokens(
-    rows: Rows,
-    slots: Slots | None,
-    valid: torch.Tensor,
-    sinks: int,
-    moving: Sinks | None,
-    table: int | None,
-    *,
-    partial: bool,
+    rows: Rows, valid: Tensor, sinks: int, table: int | None, *, first: bool, prompt: bool, partial: bool
 ) -> Step:
     """A prompt, a chunk of it, or the next turn of a conversation. Reads the rows' lengths from the device once.
 
     Args:
         rows: brought to the state after these tokens.
-        slots: of layer 0; None where the cache is empty.
         valid: (B, q) bool, False for padding.
         sinks: as for :func:`one_token`.
-        moving: likewise.
         table: likewise.
+        first: the cache is empty.
+        prompt: the tokens belong to the prompt.
         partial: a chunk that we cut off; the whole was checked.
 
     Raises:
@@ -121,65 +140,38 @@ def many_tokens(
     lengths = valid.sum(dim=1, dtype=torch.int32)
     padding = new - lengths
     on_left = (valid == (column >= padding[:, None])).all(dim=1).int()
-    counts, holes, added, left = rows.read(lengths, on_left)
+    counts, added, left = torch.stack([rows.count, lengths, on_left]).tolist()
     # A chunk may be padding throughout in a row that has not begun, and in any row where we cut the turn ourselves.
     if not all(left) or not (
         partial or all(more or not count for more, count in zip(added, counts, strict=True))
     ):
         raise _padding_error()
-    had = [rows.used - hole for hole in holes]
-    kept = [have + more for have, more in zip(had, added, strict=True)]
     totals = [count + more for count, more in zip(counts, added, strict=True)]
-    _check_table(table, max(kept if sinks else totals))
+    most = max(totals)
+    inside = max(min(count, rows.largest) + more for count, more in zip(counts, added, strict=True))
+    _check_table(table, inside if sinks else most)
 
     positions = (rows.count[:, None] + column - padding[:, None]).masked_fill(~valid, -1)
-    step = Step(new, rows.used, rows.used + new, positions, append=True, one=False)
-    step.full = rows.most_holes == 0 and min(added) == new
-    too_many = rows.capacity is not None and step.keep > rows.capacity
-    if too_many or (
-        rows.used > 0 and min(added) < new
-    ):  # padding between tokens would be a hole in the middle
-        step.append = False
-        step.keep = max(1, max(kept) if rows.capacity is None else min(rows.capacity, max(kept)))
-    if rows.used:
-        step.mask = _mask(rows, valid)
-        if sinks and any(count > have for count, have in zip(counts, had, strict=True)):
-            step.gap = rows.count - (rows.used - rows.holes)
-            if moving is not None:
-                assert slots is not None
-                moving.stale = True
-                step.moved, step.sink_slots = moving.move(step.gap), moving.locate(slots, rows)
-    if moving is not None:
-        moving.stale = True
-        if min(counts) < sinks:
-            place = torch.arange(sinks, dtype=torch.int32, device=valid.device) - rows.count[:, None]
-            arrived = (place >= 0) & (place < lengths[:, None])
-            step.arrivals = ((place + padding[:, None]).clamp(0, new - 1).long(), arrived)
-
-    stay = rows.used - rows.holes + lengths
-    fewest_stay = min(kept)
-    if not step.append and rows.capacity is not None:
-        stay = torch.minimum(stay, rows.capacity - rows.reserve)
-        fewest_stay = min(fewest_stay, rows.capacity - rows.most_reserve)
-    rows.holes = step.keep - stay
-    rows.most_holes = step.keep - fewest_stay
-    rows.used = step.keep
+    newest = rows.count + lengths - 1
+    step = Step(new, positions, newest, rows.count, first=first, prompt=prompt, most=most, kept=max(counts))
+    if not first:
+        step.mask = causal_mask(valid)
+        if sinks:
+            step.gap = rows.gap(rows.count, max(counts))
     rows.count = rows.count + lengths
-    rows.fewest, rows.most = min(totals), max(totals)
+    rows.fewest, rows.most = min(totals), most
     return step
 
 
-def _mask(rows: Rows, valid: torch.Tensor) -> torch.Tensor:
-    """(B, 1, q, used + q): everything kept, and the new tokens causally."""
-    batch, new = valid.shape
+def causal_mask(valid: Tensor) -> Tensor:
+    """(B, 1, q, q) bool: each of the tokens (``valid``, (B, q) bool) sees those up to itself, padding only itself."""
+    new = valid.shape[1]
     causal = torch.ones((new, new), dtype=torch.bool, device=valid.device).tril()
-    kept = rows.mask()
-    if kept is None:
-        kept = causal.new_ones((batch, 1, 1, rows.used))
-    return torch.cat([kept.expand(-1, 1, new, -1), (causal & valid[:, None, :])[:, None]], dim=-1)
+    itself = torch.eye(new, dtype=torch.bool, device=valid.device)
+    return ((causal & valid[:, None, :]) | itself)[:, None]
 
 
-def check_padding(valid: torch.Tensor) -> None:
+def check_padding(valid: Tensor) -> None:
     """Raises ValueError unless each row of ``valid`` (B, q) bool is padding, then tokens. Waits for the device."""
     if not bool((valid[:, -1].all() & (valid[:, 1:] >= valid[:, :-1]).all()).item()):
         raise _padding_error()

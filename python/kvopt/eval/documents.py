@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from kvopt.tokens import token_ids
+
 SEPARATOR = "\n\0\n"
 
 
@@ -77,18 +79,6 @@ def read_recall(file: str | PathLike[str], limit: int | None = None) -> list[Rec
     if not documents:
         raise ValueError(f"{path}: no recall documents in it")
     return documents
-
-
-def token_ids(tokenizer: Any, text: str, *, begins: bool) -> list[int]:
-    """Token ids of ``text``; where it ``begins`` a document, with the beginning-of-sequence token if there is one.
-
-    Some tokenizers add that token by default and some never do, so it is looked at, not assumed.
-    """
-    ids = [int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-    bos = tokenizer.bos_token_id
-    if begins and bos is not None and (not ids or ids[0] != bos):
-        ids.insert(0, int(bos))
-    return ids
 
 
 def windows_of(

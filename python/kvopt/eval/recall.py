@@ -6,8 +6,10 @@ is the model's first choice after the right ones before it (teacher-forced exact
 decoding up to the answer's length, in one pass).
 
 Each question is asked on its own. Through a cache the story is read and compressed **before** the question is known
-(query-agnostic), then question and answer are read token by token over the compressed cache. ``history=True`` asks the
-questions of a story as one dialogue instead, with the right answers before each.
+(query-agnostic), then question and answer are read token by token over the compressed cache. With ``query_aware=True``
+the question is part of the prompt, so a policy may look at what it needs, and only the answer is read over the
+compressed cache; a cache that serves one question is the easier case. ``history=True`` asks the questions of a story as
+one dialogue instead, with the right answers before each.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from typing import Any
 
 import torch
 
-from kvopt.eval.documents import RecallDocument, pad_right, token_ids
+from kvopt.eval.documents import RecallDocument, pad_right
 from kvopt.eval.forward import evaluating, new_cache, read_prompt, require_finite, step
 from kvopt.eval.statistics import ratio_with_stderr
+from kvopt.tokens import token_ids
 
 
 @dataclass(frozen=True)
@@ -40,14 +43,14 @@ class RecallResult:
     cache: str | None
     history: bool
     seconds: float
+    query_aware: bool = False
 
     @property
     def note(self) -> str:
         """How it was measured, in words."""
         how = "as one dialogue" if self.history else "each asked alone"
-        through = (
-            "" if self.cache is None else f", story compressed before the question, read through {self.cache}"
-        )
+        when = "story and question compressed" if self.query_aware else "story compressed before the question"
+        through = "" if self.cache is None else f", {when}, read through {self.cache}"
         left_out = f", {self.skipped} documents too long for the model left out" if self.skipped else ""
         return f"recall: {self.n_questions} questions, {how}{through}{left_out}"
 
@@ -67,6 +70,7 @@ def recall(
     *,
     cache: str | None = None,
     history: bool = False,
+    query_aware: bool = False,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> RecallResult:
@@ -78,13 +82,18 @@ def recall(
         documents: from :func:`kvopt.eval.read_recall`.
         cache: cache spec to read through, or ``None`` for plain passes.
         history: ask a story's questions as one dialogue instead of each alone.
-        batch_size: questions of one story that are read at once; they share its cache and don't see each other.
+        query_aware: compress story and question together instead of the story before the question is known.
+        batch_size: questions of one story that are read at once; they share its cache (``query_aware``: each has its
+            own) and don't see each other.
         progress: called with (documents done, documents in all).
 
     Raises:
-        ValueError: no document fits the model's context.
+        ValueError: no document fits the model's context, or ``query_aware`` together with ``history``.
         FloatingPointError: a logit is NaN or infinite.
     """
+    if query_aware and history:
+        raise ValueError("recall: query_aware asks each question alone, it can't be joined with history")
+    count_right = _count_right_aware if query_aware else _count_right
     started = time.perf_counter()
     context = getattr(model.config, "max_position_embeddings", None)
     right: list[int] = []
@@ -101,7 +110,7 @@ def recall(
             correct = 0
             for begin in range(0, len(rows), batch_size):
                 part = rows[begin : begin + batch_size]
-                correct += _count_right(model, story, part, cache, device, document.id)
+                correct += count_right(model, story, part, cache, device, document.id)
             right.append(correct)
             asked.append(len(document.questions))
             before = by_length.get(document.length, (0, 0))
@@ -123,6 +132,7 @@ def recall(
         cache=cache,
         history=history,
         seconds=time.perf_counter() - started,
+        query_aware=query_aware,
     )
 
 
@@ -181,6 +191,48 @@ def _count_right(
     require_finite(level, f"recall, document {name!r}")
     agrees = (choice == ids).cpu()
     return sum(bool(agrees[r, begin:end].all()) for r, row in enumerate(rows) for begin, end in row.answers)
+
+
+def _count_right_aware(
+    model: Any,
+    story: list[int],
+    rows: list[_Continuation],
+    spec: str | None,
+    device: torch.device,
+    name: str,
+) -> int:
+    """The same where each row's prompt is the story and its question: a left-padded batch with a cache of its own."""
+    begins = [row.answers[0][0] for row in rows]
+    prompts = [story + row.ids[:begin] for row, begin in zip(rows, begins, strict=True)]
+    answers = [row.ids[begin:] for row, begin in zip(rows, begins, strict=True)]
+    longest = max(map(len, prompts))
+    prompt = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    ids = pad_right(answers, padding=0).to(device)
+    cache = new_cache(model, spec)
+    logits = model(
+        input_ids=prompt,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    agrees, levels, positions = [logits.argmax(-1) == ids[:, 0]], [_level(logits)], mask.sum(1)
+    for column in range(ids.shape[1] - 1):
+        mask = torch.cat([mask, mask.new_ones((len(rows), 1))], dim=1)
+        logits = model(
+            input_ids=ids[:, column : column + 1],
+            attention_mask=mask,
+            position_ids=positions[:, None] + column,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        agrees.append(logits.argmax(-1) == ids[:, column + 1])
+        levels.append(_level(logits))
+    require_finite(torch.stack(levels, 1), f"recall, document {name!r}")
+    verdict = torch.stack(agrees, 1).cpu()
+    return sum(bool(verdict[row, : len(answer)].all()) for row, answer in enumerate(answers))
 
 
 def _level(logits: torch.Tensor) -> torch.Tensor:

@@ -34,12 +34,16 @@ class QuantizationConfig:
         group_size: weights that share a scale, for grouped methods.
         symmetric: no zero points.
         recipe: a complete recipe string; it wins over the other fields.
+        calibration: file of documents, for recipes that choose their codes by data.
+        calibration_windows: at most so many windows of it; default: as :func:`kvopt.quantize` takes it.
     """
 
     method: QuantMethod | None = QuantMethod.BF16
     group_size: int | None = None
     symmetric: bool = False
     recipe: str | None = None
+    calibration: str | None = None
+    calibration_windows: int | None = None
 
     def __str__(self) -> str:
         """The recipe in the choice grammar, for instance ``"int4_g128"``."""

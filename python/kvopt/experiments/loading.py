@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import kvopt
-from kvopt.experiments.config import ExperimentConfig
+from kvopt.eval import read_documents, windows_of
+from kvopt.experiments.config import ExperimentConfig, QuantizationConfig
+from kvopt.weights.calibration import MAX_WINDOW
+from kvopt.weights.recipe import RTN
 
 
 class InputError(ValueError):
@@ -63,18 +67,34 @@ def load_quantized_model(config: ExperimentConfig) -> tuple[Any, Any]:
         InputError: the model, recipe, type or device can't be used.
     """
     with input_errors():
+        recipe = kvopt.Recipe.parse(str(config.quantization))
+        chosen_by_data = recipe.method != RTN and config.quantization.calibration is not None
         try:
-            return kvopt.load(
+            model, tokenizer = kvopt.load(
                 config.model.name,
-                recipe=str(config.quantization),
+                recipe=None if chosen_by_data else recipe,
                 device=config.model.device,
                 dtype=config.model.dtype,
                 progress=False,
             )
+            if chosen_by_data:
+                data = _calibration(config.quantization, tokenizer, model)
+                kvopt.quantize(model, recipe, data, tokenizer, progress=False, seed=config.seed)
+            return model, tokenizer
         except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
             if config.model.device in ("auto", "cpu"):
                 raise
             raise InputError(f"device {config.model.device!r}: {one_line(error)}") from error
+
+
+def _calibration(config: QuantizationConfig, tokenizer: Any, model: Any) -> Any:
+    """Documents, or so many windows of them as the configuration asks for."""
+    assert config.calibration is not None
+    documents = read_documents(config.calibration)
+    if config.calibration_windows is None:
+        return documents
+    longest = getattr(model.config, "max_position_embeddings", None) or MAX_WINDOW
+    return windows_of(documents, tokenizer, min(MAX_WINDOW, longest), config.calibration_windows)
 
 
 def load_all(experiments: Sequence[ExperimentConfig]) -> list[Loaded]:
@@ -89,15 +109,19 @@ def load_all(experiments: Sequence[ExperimentConfig]) -> list[Loaded]:
 def quantized_copies(base: Any, experiments: Sequence[ExperimentConfig]) -> list[Loaded]:
     """The same model in memory once per experiment; ``base`` itself serves where its type is the one asked for.
 
+    It is for speed only: formats are rounded to, whatever method a recipe names.
+
     Raises:
         InputError: a recipe does not fit the model.
     """
     found = []
     for experiment in experiments:
-        dtype = kvopt.Recipe.parse(str(experiment.quantization)).dtype
+        recipe = kvopt.Recipe.parse(str(experiment.quantization))
+        recipe = dataclasses.replace(recipe, method=RTN, fold_only=False)
+        dtype = recipe.dtype
         model = base if dtype == base.dtype else copy.deepcopy(base)
         if model is not base:
             with input_errors():
-                kvopt.quantize(model, str(experiment.quantization), progress=False)
+                kvopt.quantize(model, recipe, progress=False)
         found.append(Loaded(experiment, model, None))
     return found

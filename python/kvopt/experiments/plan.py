@@ -38,6 +38,8 @@ def make_plan(
     speed: bool = True,
     device: str = "auto",
     seed: int = 0,
+    calibration: str | None = None,
+    calibration_windows: int | None = None,
 ) -> Plan:
     """The plan of a run.
 
@@ -53,7 +55,9 @@ def make_plan(
         quick: fewer texts and rounds.
         speed: also time the random-weight speed model.
         device: as :func:`kvopt.load` takes it.
-        seed: noted in the records; of the random model's weights.
+        seed: noted in the records; of the random model's weights and of the calibration's split.
+        calibration: file of documents, for recipes that choose their codes by data.
+        calibration_windows: at most so many windows of it.
 
     Raises:
         ValueError: an unknown name, recipe or cache spec.
@@ -72,7 +76,15 @@ def make_plan(
     large = BenchmarkConfig(prompt_tokens=128, new_tokens=16, rounds=3 if quick else 7, warmup=1)
     return Plan(
         experiments=tuple(
-            config.replace(model=ModelConfig(model, device), eval=evaluation, benchmark=benchmark, seed=seed)
+            config.replace(
+                quantization=dataclasses.replace(
+                    config.quantization, calibration=calibration, calibration_windows=calibration_windows
+                ),
+                model=ModelConfig(model, device),
+                eval=evaluation,
+                benchmark=benchmark,
+                seed=seed,
+            )
             for config in unique.values()
         ),
         caches=tuple(dict.fromkeys(["full", *((DEFAULT_CACHE,) if caches is None else caches)])),

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvopt.experiments.results import Record, Results, best, write_whole
+from kvopt.experiments.results import Record, Results, best
+from kvopt.files import write_whole
 
 # Okabe and Ito's palette, told apart by colour-blind readers; greys are for what is not quantised.
 _GREYS = ("#8c8c8c", "#4d4d4d", "#b8b8b8")

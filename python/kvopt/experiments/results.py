@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvopt.files import write_whole
+
 SCHEMA = 1
 
 
@@ -139,28 +141,6 @@ def write_results(results: Results, folder: str | os.PathLike[str]) -> list[Path
     return [write_whole(out / name, text.encode("utf-8")) for name, text in contents.items()]
 
 
-def write_whole(path: Path, content: bytes) -> Path:
-    """Writes ``content`` to ``path`` in one piece: temporary name, flushed to disk, renamed.
-
-    Raises:
-        OSError: it could not be written; nothing half-written is left, and an older file stays.
-    """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        _remove(temporary)
-        if isinstance(error, OSError) and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    return path
-
-
 def require_writable(folder: str | os.PathLike[str]) -> Path:
     """Makes ``folder`` if needed and proves that a file can be written there, before any work is done.
 
@@ -182,12 +162,6 @@ def best(records: Sequence[Record]) -> Record | None:
     if timed:
         return max(timed, key=lambda record: record.decode_tok_s or 0.0)
     return baselines[0] if baselines else None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _remove(path: str) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvopt.tokens import token_ids
+
 MAX_WINDOW = 2048  # tokens in a window
 MAX_WINDOWS = 128  # read from texts; 128 x 2048 tokens is what GPTQ's paper takes (section 4)
 MIN_WINDOWS = 10  # windows get shorter where the text would fill fewer
@@ -115,9 +117,7 @@ def _tokens_of(item: Any, tokenizer: Any) -> Iterable[Sequence[int]]:
             raise ValueError(
                 "calibration: texts need the model's tokenizer: quantize(…, tokenizer=tokenizer)"
             )
-        ids = [int(i) for i in tokenizer(item, add_special_tokens=False, verbose=False)["input_ids"]]
-        begin = tokenizer.bos_token_id
-        yield ids if begin is None or ids[:1] == [begin] else [int(begin), *ids]
+        yield token_ids(tokenizer, item, begins=True)
         return
     if not isinstance(item, Tensor):
         try:

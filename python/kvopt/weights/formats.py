@@ -14,6 +14,7 @@ from kvopt.reference import Scheme
 
 BITS = (2, 3, 4, 8)
 MIN_GROUP, MAX_GROUP, GROUP_STEP = 16, 1024, 16
+OUTLIER_THRESHOLD, MAX_THRESHOLD = 6.0, 1000  # of LLM.int8(), section 3.2; the largest in tenths
 BOOK_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those of bitsandbytes
 
 
@@ -28,6 +29,8 @@ class WeightFormat:
         scheme: what a code means; ``False`` and ``True`` stand for asymmetric and symmetric.
         double_quantized: NF4 and FP4: the scales are themselves stored in 8 bits.
         activation_bits: 16, or 8: int8 per token and group. INT8_DYNAMIC always has 8.
+        outlier_threshold: INT8_DYNAMIC: from this magnitude on a column of the inputs stays in 16 bits (LLM.int8());
+            a multiple of 0.1, or ``None``: none does.
     """
 
     bits: int
@@ -35,6 +38,7 @@ class WeightFormat:
     scheme: Scheme
     double_quantized: bool = False
     activation_bits: int = 16
+    outlier_threshold: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheme", Scheme(self.scheme))
@@ -44,6 +48,8 @@ class WeightFormat:
             raise ValueError(f"bits must be 2, 3, 4 or 8, got {self.bits}")
         if self.activation_bits not in (8, 16):
             raise ValueError(f"activation bits must be 8 or 16, got {self.activation_bits}")
+        if self.outlier_threshold is not None:
+            self._check_threshold(self.outlier_threshold)
         g = self.group_size
         if self.scheme.has_book:
             if self.bits != 4:
@@ -61,6 +67,14 @@ class WeightFormat:
                 f"got {g}"
             )
 
+    def _check_threshold(self, threshold: float) -> None:
+        if self.scheme != Scheme.INT8_DYNAMIC:
+            raise ValueError("only int8 dynamic keeps outlier columns in 16 bits")
+        if not 0.1 <= threshold <= MAX_THRESHOLD / 10 or threshold != round(10 * threshold) / 10:
+            raise ValueError(
+                f"the outlier threshold must be a multiple of 0.1 in 0.1…{MAX_THRESHOLD / 10}, got {threshold}"
+            )
+
     @property
     def symmetric(self) -> bool:
         """No zero points are stored."""
@@ -69,6 +83,9 @@ class WeightFormat:
     @property
     def storage_name(self) -> str:
         """The format as a recipe names it, without the activations' part."""
+        if self.outlier_threshold is not None:
+            settled = self.outlier_threshold == OUTLIER_THRESHOLD
+            return "llm_int8" + ("" if settled else f"_t{round(10 * self.outlier_threshold)}")
         if self.scheme == Scheme.INT8_DYNAMIC:
             return "int8_dyn"
         if (self.bits, self.group_size, self.scheme) == (8, None, Scheme.SYMMETRIC):
@@ -242,6 +259,11 @@ class QuantizedWeight:
         if self.input_scale is not None:
             own = self.input_scale.to(x.dtype)
             input_scale = own if input_scale is None else own * input_scale
+        if f.outlier_threshold is not None:
+            return ops.qlinear_outliers(
+                *(x, self.packed, self.meta, bias, n, f.outlier_threshold),
+                *(input_scale, low_rank_x, low_rank_w, swiglu, residual),
+            )
         return ops.qlinear(
             *(x, self.packed, self.meta, bias, n, f.bits, group, f.scheme, activation_bits),
             input_scale=input_scale,

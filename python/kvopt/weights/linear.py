@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvopt import ops
+from kvopt import _library, ops
 from kvopt.weights.formats import CompactAbsmax, QuantizedWeight, WeightFormat
 from kvopt.weights.storage import from_stream, to_stream
+
+_qlinear: Any = torch.ops.kvopt.qlinear.default if _library.compiled else None
 
 
 class QuantLinear(nn.Module):
@@ -46,23 +48,29 @@ class QuantLinear(nn.Module):
         self.bias: nn.Parameter | None = None
         if bias is not None:
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        self._group = weight.format.group_columns(self.in_features)
+        f = weight.format
+        group = f.group_columns(self.in_features)
+        self._fixed = (self.out_features, f.bits, group, int(f.scheme), f.activation_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features), in the dtype of ``x``."""
-        f, buffers = self.format, self._buffers  # not by attribute: a small product feels the search for it
-        bias: Tensor | None = self.bias
+        buffers = self._buffers  # not by attribute: a small product feels the search for it
+        bias: Tensor | None = self._parameters.get("bias")
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         packed, meta, inputs = buffers["packed"], buffers["meta"], buffers["input_bits"]
+        if self._is_plain and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            with torch._C._AutoDispatchBelowAutograd():  # ops.qlinear without what is absent here
+                plain: Tensor = _qlinear(x, packed, meta, bias, *self._fixed)
+                return plain
         if meta is None:
             meta = self.quantized_weight.meta
         if inputs is not None:
             inputs = inputs.view(torch.float32).to(x.dtype)
-        return ops.qlinear(
-            *(x, packed, meta, bias, self.out_features),  # type: ignore[arg-type]
-            *(f.bits, self._group, f.scheme, f.activation_bits, inputs),
-        )
+        if self.format.outlier_threshold is not None:
+            threshold = self.format.outlier_threshold
+            return ops.qlinear_outliers(x, packed, meta, bias, self.out_features, threshold, inputs)  # type: ignore[arg-type]
+        return ops.qlinear(x, packed, meta, bias, *self._fixed, inputs)  # type: ignore[arg-type]
 
     @property
     def quantized_weight(self) -> QuantizedWeight:
@@ -88,13 +96,21 @@ class QuantLinear(nn.Module):
             self.absmax_bits = torch.cat([absmax.offset.reshape(1), absmax.scale]).view(torch.int32)
         else:
             self.meta = weight.scales
+        self._see_if_plain()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         target = fn(self.packed.new_empty(0)).device
         if target.type != self.packed.device.type and "meta" not in (target.type, self.packed.device.type):
             self._hold(self.quantized_weight.to(target))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._see_if_plain()
         return self
+
+    def _see_if_plain(self) -> None:
+        """Whether a product is one call of the compiled operator, with nothing to prepare."""
+        compiled = self.packed.device.type in _library.compiled
+        absent = self.meta is not None and self.input_bits is None and self.format.outlier_threshold is None
+        self._is_plain = compiled and absent
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from kvopt import _library
 from kvopt.models.memory import model_nbytes
-from kvopt.weights.calibration import prepare
+from kvopt.weights import budget
+from kvopt.weights.calibration import Calibration, prepare
 from kvopt.weights.candidates import NEEDS_DATA
 from kvopt.weights.formats import QuantizedWeight, check_weight, quantize_to
 from kvopt.weights.linear import QuantLinear, TiedEmbedding
@@ -95,13 +96,14 @@ def qlinear(
 
 def quantize(
     model: nn.Module,
-    recipe: RecipeLike,
+    recipe: RecipeLike | None = None,
     calibration: Iterable[Any] | Tensor | None = None,
     tokenizer: Any = None,
     progress: bool | Callable[[LayerReport], None] = True,
     seed: int = 0,
     device: torch.device | str | None = None,
     resume: str | PathLike[str] | None = None,
+    budget_bits: float | None = None,
 ) -> QuantizationReport:
     """Quantises the linears of a causal language model in place (``nn.Linear`` and GPT-2's ``Conv1D``).
 
@@ -113,10 +115,14 @@ def quantize(
     quantised ones before it give (``docs/methods/calibration.md``). Where a method's output error on held-out tokens
     is larger than that of rounding to nearest, the linear is rounded to nearest, and its note says so.
 
+    With ``budget_bits`` the format of each linear is searched for instead (``docs/methods/budget.md``): the mean of
+    their true bits is at most that, and the estimated rise of the loss is least. Needs calibration.
+
     Args:
         model: any Hugging Face causal language model, changed in place.
         recipe: a recipe, or a mapping from module name pattern (glob or regular expression) to recipe, of which the
-            first match wins; a linear that nothing matches stays as it is.
+            first match wins; a linear that nothing matches stays as it is. With ``budget_bits`` nothing, or a method:
+            ``"rtn"`` (the default), ``"gptq"``, ``"awq"``, ``"clip"``, ``"hqq"``.
         calibration: texts, or token ids: a tensor (windows, tokens) or (tokens,), or an iterable of id sequences.
             GPTQ, AWQ and clipping need it; with it every method's output errors are measured and held against those of
             rounding to nearest.
@@ -127,17 +133,27 @@ def quantize(
             elsewhere: one decoder layer at a time is moved.
         resume: a folder that keeps finished layers. The same call again, on the model as it was at first, takes what
             is there and goes on behind it, to the same result. Delete the folder afterwards.
+        budget_bits: bits per weight over all linears but the head, scales, zero points and padding included.
 
     Returns:
-        One row per linear, with its size and errors.
+        One row per linear, with its size and errors; what a search chose is its ``chosen``, a mapping as ``recipe``
+        takes it.
 
     Raises:
-        ValueError: an unknown recipe, a pattern that matches nothing, an already quantised linear, calibration that is
-            needed and absent or unusable, parts of another run in ``resume``, or a linear that the recipe does not fit
-            (the message names it). A linear that fails leaves those before it quantised.
+        ValueError: an unknown recipe or none, a budget that no choice of formats meets, a pattern that matches nothing,
+            an already quantised linear, calibration that is needed and absent or unusable, parts of another run in
+            ``resume``, or a linear that the recipe does not fit (the message names it). A linear that fails leaves
+            those before it quantised.
         TypeError: calibration is neither texts nor token ids.
     """
-    if not isinstance(recipe, Mapping):
+    if budget_bits is not None:
+        method, budget_bits = budget.method_of(recipe), budget.check_bits(budget_bits)
+        if calibration is None:
+            raise ValueError("budget_bits: needs calibration texts or tokens: quantize(…, calibration=texts)")
+        recipe = {"*": "int8"}  # which linears; the search says how
+    elif recipe is None:
+        raise ValueError("recipe: expected a recipe, for instance 'int4_g128', or budget_bits")
+    elif not isinstance(recipe, Mapping):
         parsed = Recipe.parse(recipe)
         if parsed.dtype is not None:
             before = model_nbytes(model)
@@ -148,6 +164,13 @@ def quantize(
     plan = _plan(model, recipe)
     if not plan:
         raise ValueError("model: has no nn.Linear or Conv1D to quantise")
+    windows = None if calibration is None else prepare(calibration, tokenizer, model, seed)
+    description, found = _describe(recipe), None
+    if budget_bits is not None:
+        assert windows is not None
+        found = _search(model, plan, windows, budget_bits, method, progress, seed, device, resume)
+        recipe, description = found.recipes(method), f"{budget_bits:g} bits, {method}"
+        plan = _plan(model, recipe)
     for linear in plan:  # before anything is changed
         try:
             linear.format.group_columns(linear.weight.shape[1])
@@ -157,28 +180,70 @@ def quantize(
             raise ValueError(
                 f"{linear.method}: needs calibration texts or tokens: quantize(…, calibration=texts)"
             )
-    windows = None if calibration is None else prepare(calibration, tokenizer, model, seed)
-    report = QuantizationReport(_describe(recipe), [], model_nbytes(model), seed=seed)
+    report = QuantizationReport(description, [], model_nbytes(model), seed=seed)
+    if found is not None:
+        report.budget_bits, report.estimated_loss = budget_bits, found.cost
+        report.chosen = found.recipes(method)
     if windows is not None:
         report.calibration_tokens, report.held_out_tokens = windows.windows.numel(), windows.held_out.numel()
     parts = None
     if resume is not None:
-        facts = [(linear.name, linear.method, str(linear.format)) for linear in plan]
+        facts = [(linear.name, linear.method, linear.fold_only, str(linear.format)) for linear in plan]
         parts = Parts(resume, fingerprint(model, facts, seed, windows and windows.fingerprint))
 
-    training = [module for module in model.modules() if module.training]
-    with _progress(progress, len(plan), report.recipe) as done:
+    with _progress(progress, len(plan), report.recipe) as done, _training_kept(model):
         walk = Walk(model, plan, seed=seed, device=device, parts=parts, done=done)
-        try:
-            report.layers = walk.run(windows)
-        finally:
-            for module in training:
-                module.training = True
-    del walk, training
+        report.layers = walk.run(windows)
+    del walk
     _library.release_free_memory()
     report.nbytes_after = model_nbytes(model)
     report.kept = _kept(model)
     return report
+
+
+def _search(
+    model: nn.Module,
+    plan: list[Planned],
+    windows: Calibration,
+    budget_bits: float,
+    method: str,
+    progress: bool | Callable[[LayerReport], None],
+    seed: int,
+    device: torch.device | str | None,
+    resume: str | PathLike[str] | None,
+) -> budget.Allocation:
+    """The formats for a budget, from the folder of a run that goes on or searched for."""
+    linears = {linear.name: linear.module for linear in plan}
+    facts = ("budget", budget_bits, method, budget.FORMATS, tuple(linears))
+    run = fingerprint(model, facts, seed, windows.fingerprint)
+
+    def find() -> budget.Allocation:
+        with (
+            tqdm(
+                total=len(linears), desc="measuring formats", unit="linear", disable=progress is not True
+            ) as bar,
+            _training_kept(model),
+        ):
+            model.eval()
+            return budget.search(
+                *(model, linears, windows, budget_bits),
+                method=method,
+                device=device,
+                tick=lambda name: bar.update() and None,
+            )
+
+    return budget.remembered(resume, run, find)
+
+
+@contextmanager
+def _training_kept(model: nn.Module) -> Iterator[None]:
+    """Modules in training mode are so again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -254,7 +319,7 @@ def _plan(model: nn.Module, recipe: RecipeLike) -> list[Planned]:
         if parsed.head is not None and not any(m is head for _, m in linears):
             raise ValueError(f"recipe {str(parsed)!r}: the model has no linear output head")
         return [
-            Planned(name, module, format, RTN if module is head else parsed.method)
+            Planned(name, module, format, RTN if module is head else parsed.method, parsed.fold_only)
             for name, module in linears
             if (format := parsed.head if module is head else parsed.format) is not None
         ]
@@ -274,7 +339,7 @@ def _plan(model: nn.Module, recipe: RecipeLike) -> list[Planned]:
         )
         chosen = next(fitting, None)
         if chosen is not None and chosen.format is not None:
-            plan.append(Planned(name, module, chosen.format, chosen.method))
+            plan.append(Planned(name, module, chosen.format, chosen.method, chosen.fold_only))
     return plan
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kvopt._version import __version__
+from kvopt.files import write_whole
 
 _SAMPLE = 256  # elements of each parameter that its fingerprint reads
 
@@ -93,25 +93,3 @@ class Parts:
             return safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"resume: {file} is damaged: {error}") from error
-
-
-def write_whole(path: Path, content: bytes) -> Path:
-    """Writes ``content`` to ``path`` in one piece: temporary name, flushed to disk, renamed."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -15,20 +15,23 @@ from kvopt.weights.formats import (
     GROUP_STEP,
     INT8,
     MAX_GROUP,
+    MAX_THRESHOLD,
     MIN_GROUP,
+    OUTLIER_THRESHOLD,
     WeightFormat,
 )
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-FORMATS = ("int8", "int4", "int3", "int2", "nf4", "fp4")
+FORMATS = ("int8", "llm_int8", "int4", "int3", "int2", "nf4", "fp4")
 DEFAULT_GROUPS = {"int4": 128, "int3": 64, "int2": 32}
 RTN = "rtn"
 METHODS = ("gptq", "awq", "hqq", "clip")  # beside rounding to nearest, which is said by the format alone
 METHOD_GROUPS = {8: 128, 4: 128, 3: 64, 2: 32}
 # Parts of the grammar that a later version builds; named so that they are not mistaken for typing errors.
-PLANNED = ("llm_int8", "smoothquant", "lorc", "eora")
+PLANNED = ("smoothquant", "lorc", "eora")
 A8 = "a8"
 HEAD = "head"
+FOLD = "fold"
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,19 @@ class Recipe:
             ``+a8`` counts for both.
         method: how the codes of the linears but the head are chosen: ``"rtn"`` rounds to nearest; ``"gptq"``,
             ``"awq"``, ``"hqq"``, ``"clip"`` take an integer format (HQQ an asymmetric one). The head is rounded.
+        fold_only: AWQ: factors only where the module before takes them up, so that no weight keeps an input scale.
     """
 
     dtype: torch.dtype | None = None
     format: WeightFormat | None = None
     head: WeightFormat | None = None
     method: str = RTN
+    fold_only: bool = False
 
     def __post_init__(self) -> None:
         if (self.dtype is None) == (self.format is None):
             raise ValueError("a recipe has either a dtype or a format")
-        if self.method != RTN:
+        if self.method != RTN or self.fold_only:
             self._check_method()
         if self.head is not None and self.format is None:
             raise ValueError("a recipe without quantised linears has no quantised head")
@@ -64,6 +69,8 @@ class Recipe:
                 raise ValueError("a recipe has +a8 for both the linears and the head, or for neither")
 
     def _check_method(self) -> None:
+        if self.fold_only and self.method != "awq":
+            raise ValueError(f"fold_only is AWQ's, got it for {self.method}")
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {RTN}, {', '.join(METHODS)}; got {self.method!r}")
         schemes = (Scheme.ASYMMETRIC,) if self.method == "hqq" else (Scheme.ASYMMETRIC, Scheme.SYMMETRIC)
@@ -73,7 +80,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str | Recipe) -> Recipe:
-        """Reads ``"bf16"``, ``"int8"``, ``"int4_g128"``, ``"nf4_dq+a8+head_int8"``, ``"awq_4bit_g64_sym"`` …
+        """Reads ``"bf16"``, ``"llm_int8_t50"``, ``"int4_g128"``, ``"nf4_dq+a8+head_int8"``, ``"awq_4bit_g64_sym"`` …
 
         Raises:
             ValueError: names the part, what came, what is possible and the nearest match.
@@ -106,7 +113,8 @@ class Recipe:
         if A8 in seen:
             format = replace(format, activation_bits=8)
             head = None if head is None else replace(head, activation_bits=8)
-        return cls(format=format, head=head, method=method)
+        fold_only = first.name == "awq" and first.settings.get(FOLD) is True
+        return cls(format=format, head=head, method=method, fold_only=fold_only)
 
     def __str__(self) -> str:
         if self.dtype is not None:
@@ -116,6 +124,8 @@ class Recipe:
         parts = [
             first.storage_name if self.method == RTN else f"{self.method}_{first.bits}bit_{_group(first)}"
         ]
+        if self.fold_only:
+            parts[0] += f"_{FOLD}"
         if any(f.has_a8_part for f in formats):
             parts.append(A8)
         if self.head is not None:
@@ -131,7 +141,7 @@ def _group(format: WeightFormat) -> str:
 
 def _unknown_part(part: Part, text: str, possible: list[str]) -> ValueError:
     base = str(part)
-    if part.name in PLANNED or base.startswith("llm_int8"):
+    if part.name in PLANNED:
         return ValueError(
             f"recipe {text!r}: {base!r} is not available in this version; possible: {', '.join(possible)}"
         )
@@ -144,6 +154,8 @@ def _format(part: Part, text: str) -> WeightFormat:
         raise ValueError(
             f"recipe {text!r}: {part.name!r} is for the linears; the head is rounded: {HEAD}_int8"
         )
+    if part.name == "llm" and part.settings.get("int") == 8:
+        return _llm_int8(part, text)
     if part.name not in FORMATS:
         raise _unknown_part(part, text, [*DTYPES, *FORMATS, *METHODS])
     settings = dict(part.settings)
@@ -152,6 +164,17 @@ def _format(part: Part, text: str) -> WeightFormat:
         reject_leftovers(settings, "int8", ["dyn"], what="recipe", text=text)
         return WeightFormat(8, None, Scheme.INT8_DYNAMIC) if dynamic else INT8
     return _book(part, settings, text) if part.name in ("nf4", "fp4") else _integer(part, settings, text)
+
+
+def _llm_int8(part: Part, text: str) -> WeightFormat:
+    """``llm_int8``, which the grammar splits into ``llm`` and ``int8``, with ``t60``."""
+    settings = {key: value for key, value in part.settings.items() if key != "int"}
+    tenths = take_number(
+        settings, "t", round(10 * OUTLIER_THRESHOLD), 1, MAX_THRESHOLD, what="recipe", text=text
+    )
+    assert tenths is not None
+    reject_leftovers(settings, "llm_int8", ["t60"], what="recipe", text=text)
+    return WeightFormat(8, None, Scheme.INT8_DYNAMIC, outlier_threshold=tenths / 10)
 
 
 def _book(part: Part, settings: dict[str, int | bool], text: str) -> WeightFormat:
@@ -179,6 +202,8 @@ def _chosen(part: Part, text: str) -> WeightFormat:
         raise ValueError(
             f"recipe {text!r}: {part.name!r} needs one of {', '.join(widths)}, for instance {part.name}_4bit_g128"
         )
+    if part.name == "awq":
+        take_word(settings, FOLD, what="recipe", text=text)
     if part.name == "hqq" and "sym" in settings:
         raise ValueError(f"recipe {text!r}: 'hqq' refines zero points and has no 'sym'")
     return _grouped(part.name, given[0], METHOD_GROUPS[given[0]], settings, text)
@@ -189,7 +214,8 @@ def _grouped(name: str, bits: int, default: int, settings: dict[str, int | bool]
     per_row = take_word(settings, "gc", what="recipe", text=text)
     group = take_number(settings, "g", None, MIN_GROUP, MAX_GROUP, what="recipe", text=text)
     symmetric = take_word(settings, "sym", what="recipe", text=text)
-    reject_leftovers(settings, name, [f"g{default}", "gc", "sym"], what="recipe", text=text)
+    possible = [f"g{default}", "gc", "sym", *([FOLD] if name == "awq" else [])]
+    reject_leftovers(settings, name, possible, what="recipe", text=text)
     if per_row and group is not None:
         raise ValueError(f"recipe {text!r}: give either g{group} or gc, not both")
     if group is not None and group % GROUP_STEP:

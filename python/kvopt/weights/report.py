@@ -6,12 +6,13 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvopt.weights.parts import write_whole
+from kvopt.files import write_whole
 
 if TYPE_CHECKING:
     import pandas
@@ -68,6 +69,9 @@ class QuantizationReport:
         calibration_tokens: that methods saw; 0 without calibration.
         held_out_tokens: that judged them.
         seed: of the split and of methods that draw.
+        budget_bits: what a search was allowed; ``None`` without one.
+        estimated_loss: by how much the search expects the loss to rise, nats a token, were all rounded to nearest.
+        chosen: its result: a recipe for each linear.
     """
 
     recipe: str
@@ -78,6 +82,22 @@ class QuantizationReport:
     calibration_tokens: int = 0
     held_out_tokens: int = 0
     seed: int = 0
+    budget_bits: float | None = None
+    estimated_loss: float | None = None
+    chosen: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> float:
+        """The mean of bits per quantised weight, all included.
+
+        Raises:
+            ValueError: nothing was quantised.
+        """
+        if not self.layers:
+            raise ValueError("bits: nothing was quantised")
+        return (
+            8 * sum(row.nbytes for row in self.layers) / sum(8 * row.nbytes / row.bits for row in self.layers)
+        )
 
     def to_frame(self) -> pandas.DataFrame:
         """One row per linear.
@@ -166,10 +186,18 @@ class QuantizationReport:
             return f"{self.recipe}: nothing quantised"
         worst = max(self.layers, key=lambda layer: layer.weight_error)
         return (
-            f"{self.recipe}: {len(self.layers)} linears, {self.nbytes_before / 1e6:.2f} MB → "
+            f"{self.recipe}: {len(self.layers)} linears{self._formats()}, {self.nbytes_before / 1e6:.2f} MB → "
             f"{self.nbytes_after / 1e6:.2f} MB, largest weight error {worst.weight_error:.4f} ({worst.name})"
             + self._judgement()
         )
+
+    def _formats(self) -> str:
+        """After a search: how many linears got which format."""
+        if self.budget_bits is None:
+            return ""
+        counts = Counter(row.format for row in self.layers)
+        words = ", ".join(f"{count} × {format}" for format, count in sorted(counts.items()))
+        return f" ({words}; {self.bits:.3f} bits)"
 
     def _judgement(self) -> str:
         pairs = [

@@ -80,6 +80,23 @@ class Stage:
             handle.remove()
         return gathered
 
+    def collect_all(self, linears: Sequence[nn.Module], batches: Sequence[int]) -> list[Statistics]:
+        """The same of several linears from one run: faster than one by one where so many second moments have room."""
+        modules: list[Any] = list(linears)
+        gathered = [Statistics.empty(_columns(module), module.weight.device) for module in modules]
+
+        def listen(statistics: Statistics) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda module, args: statistics.add(args[0])
+
+        handles = [m.register_forward_pre_hook(listen(g)) for m, g in zip(modules, gathered, strict=True)]
+        try:
+            for batch in batches:
+                self.run(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return gathered
+
     def discover(self, linears: dict[str, nn.Module], batches: Sequence[int]) -> list[Shared]:
         """The general rule: which linears share an input, in the order in which they first run.
 
@@ -173,6 +190,29 @@ class Stream:
         module.to(self._target(index))
         return Stage(module, f"{self._name}.{index}.", lambda batch: self._run_layer(index, batch))
 
+    @contextmanager
+    def visit(self, index: int | None) -> Iterator[Stage]:
+        """A decoder layer, or what is none, on the device; back where it was afterwards: for who changes nothing."""
+        module = self._model if index is None else self.layers[index]
+        before = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
+        data = [(p, p.data) for _, parameters, _ in before for p in parameters.values() if p is not None]
+        try:
+            yield self.outside() if index is None else self.layer(index)
+        finally:
+            for parameter, values in data:
+                parameter.data = values
+            for part, parameters, buffers in before:
+                part._parameters.update(parameters)
+                part._buffers.update(buffers)
+
+    def first(self, tokens: int) -> range:
+        """So many of the batches seen, at least one."""
+        return self.seen[: max(1, tokens // self._batches[0].numel())]
+
+    def remember(self, index: int, batches: Sequence[int]) -> list[Pass]:
+        """How the layer runs on these batches, to do it again when the stream has gone on; inputs on the CPU."""
+        return [Pass(self.layers[index], self._calls[b][index], self._hidden[b].cpu()) for b in batches]
+
     def advance(self, index: int) -> None:
         """Runs all batches through the layer: its outputs are the next one's inputs."""
         for batch in (*self.seen, *self.held_out):
@@ -181,6 +221,38 @@ class Stream:
             self._hidden[batch] = out[0] if isinstance(out, tuple) else out
         for calls in self._calls:
             calls[index] = _Call((), {}, 0)  # frees what no later layer shares
+
+    def loss_gradient(self, batch: int) -> Tensor:
+        """The gradient of the summed cross-entropy of a batch's next tokens by what the last layer gave for it."""
+        hidden = self._hidden[batch].detach().requires_grad_()
+        kept, self._hidden[batch] = self._hidden[batch], hidden
+        try:
+            with torch.enable_grad():
+                loss = next_token_loss(self._run_outside(batch), self._batches[batch])
+                return torch.autograd.grad(loss, hidden)[0]
+        finally:
+            self._hidden[batch] = kept
+
+    def whole_loss_backward(self, batch: int) -> None:
+        """The same loss of the model run as a whole, backwards down to the embedded tokens, for hooks to see."""
+        model: Any = self._model
+        embedded: list[Tensor] = []
+
+        def begin(module: nn.Module, args: Any, out: Tensor) -> None:
+            if not embedded:
+                embedded.append(out.requires_grad_())
+
+        handle = model.get_input_embeddings().register_forward_hook(begin)
+        try:
+            with torch.enable_grad():
+                loss = next_token_loss(self._forward(self._batches[batch]), self._batches[batch])
+                torch.autograd.grad(loss, embedded)
+        finally:
+            handle.remove()
+
+    def tokens(self, batch: int) -> int:
+        """In a batch."""
+        return self._batches[batch].numel()
 
     def _target(self, index: int) -> torch.device:
         found = next((p.device for p in self.layers[index].parameters()), torch.device("cpu"))
@@ -252,6 +324,29 @@ class _Call:
         if self.position == 0:
             return layer(hidden, *self.args, **self.kwargs)
         return layer(*self.args, hidden_states=hidden, **self.kwargs)
+
+
+class Pass:
+    """A layer with what it ran on."""
+
+    def __init__(self, layer: nn.Module, call: _Call, hidden: Tensor) -> None:
+        self._layer, self._call, self._hidden = layer, call, hidden
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        """From the gradient by the layer's output to that by its input; hooks on inner outputs see theirs."""
+        device = next((p.device for p in self._layer.parameters()), self._hidden.device)
+        hidden = self._hidden.to(device).detach().requires_grad_()
+        with torch.enable_grad():
+            out = self._call.make(self._layer, hidden)
+            out = out[0] if isinstance(out, tuple) else out
+            return torch.autograd.grad(out, hidden, gradient.to(out.device))[0]
+
+
+def next_token_loss(output: Any, tokens: Tensor) -> Tensor:
+    """Summed cross-entropy of the tokens (B, S) behind the first, from a model's output."""
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    flat = logits[:, :-1].float().flatten(0, 1)
+    return nn.functional.cross_entropy(flat, tokens[:, 1:].flatten().to(flat.device), reduction="sum")
 
 
 class _Moved:

@@ -35,6 +35,7 @@ class Planned:
     module: Any
     format: WeightFormat
     method: str = RTN
+    fold_only: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -182,9 +183,14 @@ class Walk:
             raise ValueError(f"{names}: the inputs on the calibration tokens hold NaN or infinity")
         fold = self._fold(stage.module, linears, statistics, source)
         pairs = [self._candidates(linear, statistics, fold) for linear in linears]
+        kept = statistics if fold is not None and any(linear.fold_only for linear in linears) else None
         del statistics
         held = stage.collect(linears[0].module, stream.held_out, shared.calls)
         choices = [self._better(linear, *pair, held) for linear, pair in zip(linears, pairs, strict=True)]
+        if kept is not None and any(choice.factor is None for choice in choices):
+            fold = None  # for all of them or for none
+            pairs = [self._candidates(linear, kept, fold) for linear in linears]
+            choices = [self._better(linear, *pair, held) for linear, pair in zip(linears, pairs, strict=True)]
         if not held.tokens:
             for choice in choices:
                 choice.note = _join("no held-out token reached it: not judged", choice.note)
@@ -223,6 +229,10 @@ class Walk:
             if fold is not None:
                 args = linear.weight, linear.format, statistics, self._seed
                 return candidates.solve_folded(*args, fold.factor), rounded
+            if linear.fold_only:
+                found = candidates.solve(linear.weight, "clip", linear.format, statistics, self._seed)
+                found.note = _join("no factor that can be folded: clipped", found.note)
+                return found, rounded
             found = candidates.solve(linear.weight, linear.method, linear.format, statistics, self._seed)
             return found, rounded
 

@@ -103,6 +103,8 @@ def check_integers(
             refuse(format, name, f"{f} has {f.bits} bits; possible: {', '.join(map(str, bits))}")
         if f.has_a8_part:
             refuse(format, name, f"{f} takes int8 activations per group")
+        if f.outlier_threshold is not None:
+            refuse(format, name, f"{f} keeps outlier columns in 16 bits")
         if f.group_size is not None and module.in_features % f.group_size:
             refuse(
                 format,
@@ -126,7 +128,8 @@ def check_inputs(format: str, modules: Modules) -> None:
             refuse(
                 format,
                 name,
-                "its inputs have a scale of their own, which is not folded into the layer before",
+                "its inputs have a scale of their own, which is not folded into the layer before; "
+                "a recipe such as awq_4bit_g128_fold has none",
             )
 
 

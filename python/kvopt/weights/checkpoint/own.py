@@ -111,6 +111,7 @@ def formats_of(config: Config) -> dict[str, WeightFormat]:
 
 
 def _describe(format: WeightFormat) -> dict[str, Any]:
+    threshold = format.outlier_threshold
     return {
         "format": str(format),
         "bits": format.bits,
@@ -118,7 +119,7 @@ def _describe(format: WeightFormat) -> dict[str, Any]:
         "scheme": format.scheme.name.lower(),
         "double_quantized": format.double_quantized,
         "activation_bits": format.activation_bits,
-    }
+    } | ({} if threshold is None else {"outlier_threshold": threshold})
 
 
 def _parse(group: dict[str, Any]) -> WeightFormat:
@@ -129,9 +130,13 @@ def _parse(group: dict[str, Any]) -> WeightFormat:
     if not whole or not known or type(double) is not bool:
         described = ", ".join(f"{field} {value!r}" for field, value in zip(_FIELDS, values, strict=True))
         raise ValueError(f"quantization_config: no format of ours: {described}")
+    threshold = group.get("outlier_threshold")
+    if type(threshold) not in (float, int, type(None)):
+        raise ValueError(f"quantization_config: 'outlier_threshold' must be a number, got {threshold!r}")
     try:
         return WeightFormat(
-            int(bits or 0), group_size, Scheme[str(scheme).upper()], double, int(activation_bits or 0)
+            *(int(bits or 0), group_size, Scheme[str(scheme).upper()], double, int(activation_bits or 0)),
+            outlier_threshold=threshold,
         )
     except ValueError as error:
         raise ValueError(f"quantization_config: {error}") from None

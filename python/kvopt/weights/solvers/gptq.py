@@ -162,8 +162,8 @@ class InverseFactor:
 def inverse_factor(hessian: Tensor, columns: Tensor, damping: float) -> InverseFactor:
     """The factor of (H + damping * mean diag H)⁻¹, with H_ii = 1 where an input is always 0.
 
-    One factorisation and no inverse of H: H read backwards is L Lᵀ; read forwards again L is an upper triangular R with
-    H = R Rᵀ, so U = R⁻¹.
+    One factorisation and no inverse of H: H = R Rᵀ with R upper triangular, and U = R⁻¹. Both are made in place: next
+    to H there is one float64 matrix of its shape and a quarter of one.
 
     Args:
         hessian: (K, K).
@@ -175,26 +175,40 @@ def inverse_factor(hessian: Tensor, columns: Tensor, damping: float) -> InverseF
     """
     if not torch.isfinite(hessian).all():
         raise ValueError("gptq: the inputs' second moments contain NaN or infinity")
-    backwards = columns.flip(0)
-    diagonal = hessian.diagonal()[backwards].double()
+    diagonal = hessian.diagonal()[columns].double()
     alive = diagonal != 0
     mean = (diagonal.sum() / alive.sum().clamp(min=1)).item()
     base = torch.where(alive, diagonal, mean or 1.0)
     share = damping
     for _ in range(RETRIES + 1):
-        damped = hessian[backwards][:, backwards].double()
+        damped = hessian[columns][:, columns].double()
         damped.diagonal().copy_(base + share * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        del damped
-        if info.item() == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            upper = lower.flip(0, 1)
-            del lower
-            invert_upper(upper)
-            return InverseFactor(upper, share)
+        if factorize_upper(damped):
+            invert_upper(damped)
+            return InverseFactor(damped, share)
         share *= 10
     raise ValueError(
         f"gptq: the inputs' second moments can't be factorised with damping up to {share / 10:g}"
     )
+
+
+def factorize_upper(a: Tensor, size: int = 2048) -> bool:
+    """A positive definite A to the upper triangular R with A = R Rᵀ, in place; whether it could be done.
+
+    That is the Cholesky factorisation read backwards, from the last ``size`` columns to the first.
+    """
+    for end in range(a.shape[0], 0, -size):
+        begin = max(0, end - size)
+        lower, info = torch.linalg.cholesky_ex(a[begin:end, begin:end].flip(0, 1))
+        if info.item() != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
+            return False
+        r = lower.flip(0, 1)
+        a[begin:end, begin:end] = r
+        a[begin:end, :begin] = 0
+        above = torch.linalg.solve_triangular(r.T, a[:begin, begin:end], upper=False, left=False)
+        a[:begin, begin:end] = above
+        a[:begin, :begin].addmm_(above, above.T, alpha=-1)
+    return True
 
 
 def invert_upper(r: Tensor) -> None:
@@ -208,4 +222,5 @@ def invert_upper(r: Tensor) -> None:
     top, bottom = r[:half, :half], r[half:, half:]
     invert_upper(top)
     invert_upper(bottom)
-    r[:half, half:] = -(top @ r[:half, half:] @ bottom)
+    corner = r[:half, half:]
+    torch.mm((top @ corner).neg_(), bottom, out=corner)
