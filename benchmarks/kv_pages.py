@@ -57,7 +57,9 @@ def main() -> int:
     kept.add_argument("--budget", default="p25")
     kept.add_argument("--out", type=Path, default=IMAGES / "kept_tokens.png")
     quality = commands.add_parser("quality")
-    quality.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("kv_quality_*.json")))
+    quality.add_argument(
+        "files", nargs="*", type=Path, default=sorted(RESULTS.glob("kv_quality_*_llama-6m.json"))
+    )
     quality.add_argument("--out", type=Path, default=IMAGES / "kv_quality.png")
     tables = commands.add_parser("tables")
     tables.add_argument("pages", nargs="*", type=Path, default=sorted(DOCS.glob("methods/*.md")))

@@ -66,6 +66,12 @@ def test_budget_in_mebibytes_is_kept(name: str, spec: str) -> None:
     assert least * 2**20 < cache.nbytes() <= 2**20
 
 
+def requested_bytes() -> int:
+    """Bytes in use as they were asked for: a block that is reused may be up to a MiB larger."""
+    torch.cuda.synchronize()
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 @torch.no_grad()
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the CPU's allocator keeps no count")
 @pytest.mark.parametrize(
@@ -74,14 +80,12 @@ def test_budget_in_mebibytes_is_kept(name: str, spec: str) -> None:
 def test_bytes_are_those_that_the_allocator_gave(spec: str) -> None:
     model, ids = tiny_llama().cuda(), random_ids(8, 2000).cuda()
     model(ids, past_key_values=Cache(model, spec))  # what libraries allocate once
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before = requested_bytes()
     cache = Cache(model, spec)
     model(ids, past_key_values=cache)
     for _ in range(3):
         model(ids[:, :1], past_key_values=cache)
-    torch.cuda.synchronize()
-    assert abs(torch.cuda.memory_allocated() - before - cache.nbytes()) < 0.02 * cache.nbytes()
+    assert abs(requested_bytes() - before - cache.nbytes()) < 0.02 * cache.nbytes()
 
 
 def test_full_cache_grows_in_blocks_not_per_token() -> None:

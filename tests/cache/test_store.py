@@ -19,7 +19,7 @@ CODECS = [
     Codec("fp8", 1, 8),
     Codec("int8", 4, 8),
     Codec("int4", 8, 16),
-    Codec("int2", 12, 12),
+    Codec("int2", 16, 16),
 ]
 
 
