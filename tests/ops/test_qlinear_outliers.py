@@ -54,7 +54,7 @@ def check(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -
     part = v[:, outside] @ dense[:, outside].T
     expected = (inside / scale).round() * scale @ dense.T + part + (0 if bias is None else bias.double())
     unit = 0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
-    size = v.abs() @ dense.abs().T + 1e-6
+    size = v.abs() @ dense.abs().T + 1e-6 + (0 if bias is None else bias.double().abs())
     larger = torch.maximum(part.abs(), (expected - part).abs())
     allowed = 1.01 * unit * (larger + expected.abs()) + 2e-6 * size
     assert torch.isfinite(y).all()
