@@ -26,11 +26,22 @@ TITLES = {
     "agnostic": "Recall, the story compressed before the question is known",
     "aware": "Recall, story and question compressed together",
     "perplexity": "Perplexity over that of the whole cache",
-    "codecs": "Recall, the story compressed before the question is known",
+    "equal": "Recall at equal bytes, the story compressed before the question is known",
+    "sinks": "Perplexity under a mask, original positions, from the start of the text",
     "orientation": "Perplexity",
     "merge": "Perplexity",
 }
-PANELS = {"agnostic": "question unknown", "aware": "question known", "codecs": "codecs, question unknown"}
+PANELS = {
+    "agnostic": "question unknown",
+    "aware": "question known",
+    "equal": "codecs, question unknown",
+}
+POLICY_TABLES = ("agnostic", "aware", "perplexity")
+STORIES = {
+    "short": "stories of about 300 tokens",
+    "1k": "stories of about 1,100 tokens",
+    "2k": "stories of about 2,300 tokens",
+}
 SHOWN = ["window", "sink", "h2o", "snapkv", "pyramidkv", "tova", "random", "kvzip", "keydiff", "keydiff+ada"]
 COLORS = {
     "random": "#777777",
@@ -58,14 +69,14 @@ def main() -> int:
     kept.add_argument("--out", type=Path, default=IMAGES / "kept_tokens.png")
     quality = commands.add_parser("quality")
     quality.add_argument(
-        "files", nargs="*", type=Path, default=sorted(RESULTS.glob("kv_quality_*_llama-6m.json"))
+        "files", nargs="*", type=Path, default=sorted(RESULTS.glob("kv_quality_*_llama-6m_1k.json"))
     )
     quality.add_argument("--out", type=Path, default=IMAGES / "kv_quality.png")
     tables = commands.add_parser("tables")
     tables.add_argument("pages", nargs="*", type=Path, default=sorted(DOCS.glob("methods/*.md")))
     args = parser.parse_args()
     if args.command == "tables":
-        rows = read_rows(sorted(RESULTS.glob("kv_quality_*.json")))
+        rows = read_rows([*sorted(RESULTS.glob("kv_quality_*.json")), RESULTS / "kv_relations.json"])
         for page in args.pages:
             text = page.read_text()
             page.write_text(
@@ -83,17 +94,64 @@ def read_rows(files: list[Path]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]], words: list[str]) -> list[str]:
-    """One table for each model and measure that has some of the policies, or for the table that is named."""
+    """One table for each measure, model and length that has some of the policies, or for the table that is named."""
     lines: list[str] = []
+    if words[0] == "relations":
+        return _relations([row for row in rows if "relation" in row])
+    rows = [row for row in rows if "relation" not in row]
     named = words[0] if words[0] in TITLES else None
     for table in TITLES:
-        for model in sorted({row["model"] for row in rows if row["table"] == table}):
-            part = [row for row in rows if (row["model"], row["table"]) == (model, table)]
+        places = sorted({(row["model"], row.get("length", "")) for row in rows if row["table"] == table})
+        for place in places:
+            part = [r for r in rows if r["table"] == table and (r["model"], r.get("length", "")) == place]
             if named is not None:
-                lines += _plain_table(part, model) if table == named else []
-            elif table not in ("codecs", "orientation", "merge"):
-                lines += _policy_table([row for row in part if family(row["spec"])[0] in words], model, words)
+                lines += _plain_table(part, place[0]) if table == named else []
+            elif table in POLICY_TABLES:
+                lines += _policy_table(
+                    [row for row in part if family(row["spec"])[0] in words], place[0], words
+                )
     return lines
+
+
+def _relations(rows: list[dict[str, Any]]) -> list[str]:
+    """A table for each measure, a line for each pair, the budgets of every model in a cell."""
+    lines: list[str] = []
+    for table in ("aware", "agnostic", "sinks"):
+        part = [row for row in rows if row["table"] == table and row["relation"] == "pair"]
+        places = list(dict.fromkeys((row["model"], row["length"]) for row in part))
+        if not part:
+            continue
+        measure = "ratio of perplexities less one" if table == "sinks" else "difference of recall"
+        lines += [f"{TITLES[table]}: {measure} ± its standard error, over the same texts:", ""]
+        counts = [
+            _range([row for row in part if (row["model"], row["length"]) == p], "documents") for p in places
+        ]
+        heads = [
+            f"`{model}`, {count} {_what(length)}"
+            for (model, length), count in zip(places, counts, strict=True)
+        ]
+        lines += [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+        for left, right in dict.fromkeys((row["left"], row["right"]) for row in part):
+            cells = []
+            for place in places:
+                mine = [row for row in part if (row["left"], row["right"]) == (left, right)]
+                mine = [row for row in mine if (row["model"], row["length"]) == place]
+                cells.append("<br>".join(_signed(row) for row in mine))
+            lines.append(f"| `{left}` against `{right}` | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _what(length: str) -> str:
+    return STORIES.get(length, f"windows of {length}")
+
+
+def _signed(row: dict[str, Any]) -> str:
+    """Bold beyond two errors."""
+    text = f"{row['difference']:+.3f} ± {row['stderr']:.3f}"
+    sure = abs(row["difference"]) > 2 * row["stderr"]
+    budget = f"`_{row['budget']}` " if row["budget"] else ""
+    return budget + (f"**{text}**" if sure else text)
 
 
 def family(spec: str) -> tuple[str, str]:
@@ -105,7 +163,9 @@ def family(spec: str) -> tuple[str, str]:
 
 
 def _policy_table(rows: list[dict[str, Any]], model: str, words: list[str]) -> list[str]:
-    budgets = list(dict.fromkeys(family(row["spec"])[1] for row in rows if family(row["spec"])[1]))
+    budgets = sorted(
+        {family(row["spec"])[1] for row in rows} - {""}, key=lambda b: (b[0] != "p", int(b.lstrip("pmb")))
+    )
     if not budgets:
         return []
     cells = {family(row["spec"]): row for row in rows}
@@ -140,13 +200,19 @@ def _plain_table(rows: list[dict[str, Any]], model: str) -> list[str]:
 def _title(rows: list[dict[str, Any]], model: str) -> str:
     row = rows[0]
     if row.get("recall") is None:
-        scored = row["window"] // 2
-        detail = (
-            f"{row['windows']} windows, {scored} tokens scored behind a prompt of {row['window'] - scored}"
-        )
+        scored = row.get("scored", row["window"] // 2)
+        detail = f"{_range(rows, 'windows')} windows, {scored} tokens scored"
+        detail += f" behind a prompt of {row['window'] - scored}" if scored < row["window"] - 1 else ""
     else:
-        detail = f"{row['documents']} stories, {row['questions']} questions"
+        stories = STORIES.get(row.get("length", ""), "stories")
+        detail = f"{_range(rows, 'documents')} {stories}, {_range(rows, 'questions')} questions"
     return f"{TITLES[row['table']]}, `{model}`, {detail}; ± standard error:"
+
+
+def _range(rows: list[dict[str, Any]], name: str) -> str:
+    """A number, or where the rows differ the smallest and the largest."""
+    low, high = min(row[name] for row in rows), max(row[name] for row in rows)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _cell(row: dict[str, Any]) -> str:
@@ -220,7 +286,7 @@ def draw_quality(args: argparse.Namespace) -> None:
             x, y = [p["cache_kb"] / 1e3 for p in points], [100 * p["recall"] for p in points]
             error = [100 * (p["recall_stderr"] or 0) for p in points]
             style = "--" if plus else ":" if "_" in policy else "-"
-            if table == "codecs":  # few points a line: written beside them instead of in a legend
+            if table == "equal":  # few points a line: written beside them instead of in a legend
                 for point, at in zip(points, zip(x, y, strict=True), strict=True):
                     axis.annotate(point["spec"], at, xytext=(4, 3), textcoords="offset points", fontsize=6)
             axis.errorbar(x, y, error, label=name, color=color, ls=style, marker="o", ms=4, capsize=2, lw=1.3)
@@ -231,7 +297,7 @@ def draw_quality(args: argparse.Namespace) -> None:
         axis.set_ylabel("recall (%)")
         axis.set_title(f"{model}, {PANELS[table]}", fontsize=10)
         axis.grid(alpha=0.3)
-        if table != "codecs":
+        if table != "equal":
             axis.legend(fontsize=7)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)

@@ -183,3 +183,37 @@ def merges(layers: int) -> dict[str, Change]:
         "last pair, SLERP 0.6, 5 %": merged([(layers - 2, layers - 1)], slerp(0.6), 0.05),
         "first pair, SLERP 0.6, 5 %": merged([(0, 1)], slerp(0.6), 0.05),
     }
+
+
+# --- sinks ------------------------------------------------------------------------------------------------------------
+
+SINKS: dict[str, tuple[int, int] | None] = {
+    "every token": None,
+    "window 64": (64, 0),
+    "1 first + 63": (64, 1),
+    "4 first + 60": (64, 4),
+    "window 256": (256, 0),
+    "1 first + 255": (256, 1),
+}
+"""Tokens that a query sees, itself included, and how many of them are the first of the text."""
+
+
+def masked_nll(model: Any, windows: Tensor, name: str) -> list[float]:
+    """Negative log-likelihood of each of ``windows`` (W, S) but its first token, under a mask of :data:`SINKS`.
+
+    One forward from the start of the window, original positions. What a query sees does not depend on what it finds, so
+    this equals reading token by token through ``window_b64`` or ``sink_b64_s1_orig``.
+    """
+    n, seen = windows.shape[1], SINKS[name]
+    mask = None
+    if seen is not None:
+        width, first = seen
+        query, key = torch.arange(n)[:, None], torch.arange(n)[None]
+        visible = (key <= query) & ((key > query - (width - first)) | (key < first))
+        mask = torch.zeros(n, n).masked_fill(~visible, float("-inf"))[None, None].to(model.device)
+    sums = []
+    for row in windows.to(model.device).split(1):
+        logits = model(input_ids=row, attention_mask=mask, use_cache=False).logits[0, :-1].float()
+        nll = torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none")
+        sums.append(float(nll.double().sum()))
+    return sums

@@ -31,6 +31,8 @@ CASES = (
     "decode",
     "kv_cache",
     "kv_attention",
+    "kv_memory",
+    "kv_peers",
     "quality",
     "quantize",
     "kv_quality",

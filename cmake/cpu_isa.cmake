@@ -13,8 +13,10 @@ function(kvopt_add_cpu_kernels target)
     ${folder}/kv_attention.cpp
     ${folder}/kv_evict.cpp
     ${folder}/kv_merge.cpp
+    ${folder}/kv_merge_evict.cpp
     ${folder}/kv_quant.cpp
     ${folder}/kv_select.cpp
+    ${folder}/kv_victim.cpp
     ${folder}/outliers.cpp
     ${folder}/qlinear.cpp
     ${folder}/qlinear_layout.cpp

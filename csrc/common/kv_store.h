@@ -118,6 +118,32 @@ struct KvUnpackParams {
   int32_t* positions;  // out (B, H, slots)
 };
 
+// Who leaves a full segment for a token. `victim` is its index in the segment; where it is none
+// (-1, or no index of the segment): among the slots with first <= position <= token's position -
+// recent (if there are none: with first <= position; if none either: all), the one with the lowest
+// priority, ties: the lowest position, then the lowest index. recent = kKvHalf stands for the newer
+// half of the segment's capacity c, c - c / 2. Priority: the position (kOldest) or the score
+// (kLowestScore), divided with `age` by max(1, token's position - position) in fp32; a NaN counts
+// as +infinity. `shared` (one position and one victim for all heads, whose segments hold the same
+// tokens in the same slots): the priority of an index is the sum of scores over the heads in their
+// order, in fp32 (then divided), its position and its capacity those of head 0; all heads evict
+// that index.
+enum class KvOrder : int32_t { kOldest = 0, kLowestScore = 1 };
+constexpr int32_t kKvHalf = -1;
+
+struct KvVictimRule {
+  const int32_t* position;  // (B, position_heads) of the token; -1: nothing happens
+  int64_t position_heads;   // 1 or H; 1 if shared
+  const int32_t* victim;    // (B, victim_heads) or null
+  int64_t victim_heads;     // 1 or H; 1 if shared
+  KvOrder order;
+  int32_t first, recent;
+  bool shared, age;
+};
+constexpr int64_t kv_recent(int32_t recent, int64_t capacity) {
+  return recent == kKvHalf ? capacity - capacity / 2 : recent;
+}
+
 // One token into each segment whose `position` is not -1:
 //   (i)   the plain part has room: the next plain slot.
 //   (ii)  the plain part is full (or has no slot) and the packed part has room for G:
@@ -127,35 +153,18 @@ struct KvUnpackParams {
 //         plain_capacity - G are filled, lowest slot first, by the tokens that stay and lie at or
 //         above it, lowest slot first; the token goes to plain slot plain_capacity - G, and the
 //         plain length becomes plain_capacity - G + 1.
-//   (iii) both are full: a victim leaves. `victim` is its index in the segment; where it is none
-//         (-1, or no index of the segment): among the slots with first <= position <= token's
-//         position - recent (if there are none: with first <= position; if none either: all), the
-//         one with the lowest priority, ties: the lowest position, then the lowest index. Priority:
-//         the position (kOldest) or the score (kLowestScore), divided with `age` by max(1, token's
-//         position - position) in fp32; a NaN counts as +infinity. A plain victim: the token takes
-//         its slot. A packed victim: the plain token with the lowest position (ties: lowest slot)
-//         is packed into its slot and the token takes that one's plain slot; with plain_capacity =
-//         0 the token itself is packed there. An integer codec packs the key into an existing group
-//         with the group's scale and minimum as they are, the value with its own.
+//   (iii) both are full: a victim leaves (KvVictimRule). If it was plain, the token takes its slot.
+//         If it was packed, the plain token with the lowest position (ties: lowest slot) is packed
+//         into its slot and the token takes that one's plain slot; with plain_capacity = 0 the
+//         token itself is packed there. An integer codec packs the key into an existing group with
+//         the group's scale and minimum as they are, the value with its own.
 // A token that moves keeps its position and score; the new one gets token_score, or new_score.
-// `shared` (one position and one victim for all heads, whose segments are alike): in (iii) the
-// priority of an index is the sum of scores over the heads in their order, in fp32 (then divided),
-// its position that of head 0; all heads evict that index.
-enum class KvOrder : int32_t { kOldest = 0, kLowestScore = 1 };
-
-struct KvAppendParams {
+struct KvAppendParams : KvVictimRule {
   KvStore store;
   const void* key;           // (B, H, D), in the store's type
   const void* value;         // (B, H, D)
-  const int32_t* position;   // (B, position_heads)
-  int64_t position_heads;    // 1 or H; 1 if shared
   const float* token_score;  // (B, H) or null
   float new_score;
-  const int32_t* victim;  // (B, victim_heads) or null
-  int64_t victim_heads;   // 1 or H; 1 if shared
-  KvOrder order;
-  int32_t first, recent;
-  bool shared, age;
 };
 
 // out (B, H * query_group, D) = softmax(scale * q . k) v over the filled slots of the KV head; 0
@@ -198,6 +207,33 @@ struct KvMergeParams {
   float* norm_a;    // out (vectors)
   float* norm_b;    // out (vectors)
   float* distance;  // out (vectors)
+};
+
+// Room for one token in two layers, "lower" and "upper", that share what they pack. Both stores
+// have the same segments, lengths and positions, and the same packed_keys, packed_values, key_scale
+// and value_scale: one direction per token, by which each one's factors are multiplied. A segment
+// with packed slots has plain_capacity >= G. Where `position` is not -1:
+//   (i)   the plain part has room: nothing.
+//   (ii)  the plain part is full and the packed part has room for G: G plain tokens are merged, in
+//         the order of positions (equal ones: lower slot first), into the next G packed slots as a
+//         new group. They are those whose keys are nearest, by the distance of KvMergeParams (a NaN
+//         is the farthest; ties: lower position, then lower slot), among all plain tokens but the
+//         newest `residual` - G (at least G are left; equal positions: the higher slot is newer).
+//         The slots they leave are filled as in (ii) of KvAppendParams; the plain length becomes
+//         plain_capacity - G.
+//   (iii) both are full: a victim leaves both layers (KvVictimRule, the score of a token being the
+//         lower layer's + the upper layer's, in fp32). Of the plain tokens, the victim leaves its
+//         slot; for a packed victim the nearest one, chosen as in (ii), is merged into the victim's
+//         slot, with an integer codec as a key into an existing group. The last plain token takes
+//         the slot that was left; the plain length becomes plain_capacity - 1.
+// Merging packs the directions of the two layers' keys and of their values, as KvMergeParams rounds
+// them and without another normalisation, and writes both layers' norms into their factors. Tokens
+// take positions and scores along, in both layers.
+struct KvMergeEvictParams : KvVictimRule {
+  KvStore lower, upper;
+  int64_t residual;  // >= 0
+  float t;
+  double t_double;  // the same, for float64
 };
 
 }  // namespace kvopt

@@ -24,7 +24,16 @@ int64_t kv_quant_pack_fault(const KvPackParams& p);
 // All heads of rows [begin, end): shared eviction looks at them together.
 void kv_evict_append(const KvAppendParams& p, float* scratch, int64_t begin, int64_t end);
 
-// Vectors [begin, end).
+// Segments [begin, end), with what kv_merge_evict_common gave for every row. Bytes of scratch,
+// aligned for doubles.
+int64_t kv_merge_evict_scratch(const KvMergeEvictParams& p);
+void kv_merge_evict(const KvMergeEvictParams& p, const int64_t* common, void* scratch,
+                    int64_t begin, int64_t end);
+// Rows [begin, end): what all heads of a row evict, with `shared`, else -1.
+void kv_merge_evict_common(const KvMergeEvictParams& p, int64_t* common, int64_t begin,
+                           int64_t end);
+
+// Vectors [begin, end). Without `direction` the distances alone are written.
 void kv_merge_pair(const KvMergeParams& p, int64_t begin, int64_t end);
 
 // Attention in two passes: units of at most kKvUnit slots of a segment, each of which leaves, per

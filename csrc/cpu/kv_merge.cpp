@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// MiniCache's merge of two vectors, common/kv_store.h: three sums over the channels, then one pass
-// that writes the direction.
+// MiniCache's merge of two vectors, common/kv_store.h: four sums over the channels, then one pass
+// that writes the direction. Sums run in lanes, channel d in lane d % 8, so that the compiler
+// vectorises them without changing a bit.
 #include <cmath>
 
 #include "cpu/kv.h"
@@ -9,6 +10,21 @@
 namespace kvopt::cpu {
 namespace {
 
+template <typename Real, typename At>
+Real norm(int64_t dim, At at) {
+  constexpr int64_t kLanes = 8;
+  Real lanes[kLanes] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] += at(d + i) * at(d + i);
+  }
+  for (int64_t i = 0; d + i < dim; ++i) lanes[i] += at(d + i) * at(d + i);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return std::sqrt(lanes[0]);
+}
+
 template <typename Real>
 void merge(const KvMergeParams& p, int64_t vector) {
   const Real pi = static_cast<Real>(3.14159265358979323846), t = static_cast<Real>(p.t_double);
@@ -16,11 +32,7 @@ void merge(const KvMergeParams& p, int64_t vector) {
   Real u[kKvMostDim], v[kKvMostDim];
   kv_load(p.type, p.a, vector * p.dim, p.dim, u);
   kv_load(p.type, p.b, vector * p.dim, p.dim, v);
-  const auto norm_of = [&](auto at) {
-    Real sum = 0;
-    for (int64_t d = 0; d < p.dim; ++d) sum += at(d) * at(d);
-    return std::sqrt(sum);
-  };
+  const auto norm_of = [&](auto at) { return norm<Real>(p.dim, at); };
   const Real norm_a = norm_of([&](int64_t d) { return u[d]; });
   const Real norm_b = norm_of([&](int64_t d) { return v[d]; });
   for (int64_t d = 0; d < p.dim; ++d) {
@@ -28,9 +40,14 @@ void merge(const KvMergeParams& p, int64_t vector) {
     v[d] = norm_b == 0 ? 0 : v[d] / norm_b;
   }
   Real of_u = 1, of_v = 1, angle = 0;  // a zero vector adds nothing to the other's direction
-  if (norm_a != 0 && norm_b != 0) {
+  const bool both = norm_a != 0 && norm_b != 0;
+  if (both) {
     angle = 2 * std::atan2(norm_of([&](int64_t d) { return u[d] - v[d]; }),
                            norm_of([&](int64_t d) { return u[d] + v[d]; }));
+  }
+  p.distance[vector] = static_cast<float>(angle / pi);
+  if (p.direction == nullptr) return;
+  if (both) {
     const Real sine = std::sin(angle);
     if (sine < nearly_straight) {
       of_u = 1 - t, of_v = t;
@@ -49,7 +66,6 @@ void merge(const KvMergeParams& p, int64_t vector) {
   kv_save(p.type, u, p.dim, p.direction, vector * p.dim);
   p.norm_a[vector] = static_cast<float>(norm_a);
   p.norm_b[vector] = static_cast<float>(norm_b);
-  p.distance[vector] = static_cast<float>(angle / pi);
 }
 
 }  // namespace

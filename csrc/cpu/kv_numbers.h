@@ -111,6 +111,7 @@ struct KvSegment {
   int64_t packed() const { return lengths[0]; }
   int64_t plain() const { return lengths[1]; }
   int64_t filled() const { return packed() + plain(); }
+  int64_t capacity() const { return packed_capacity + plain_capacity; }
   // Index of a slot's position and score.
   int64_t state(int64_t index) const {
     return index < packed() ? packed_state + index : plain_state + index - packed();

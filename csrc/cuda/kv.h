@@ -4,7 +4,8 @@
 // allocates, or depends on a length on the host, so all of them can be captured in a graph.
 //
 // What the kernels take, beyond what kv_store.h says: float32, float16, bfloat16; D a multiple of 4
-// up to 256; groups of integer codecs a power of two from 4 to 128. kv_refusal says what is wrong.
+// up to 256; groups up to 128, of integer codecs a power of two from 4 on. kv_refusal says what is
+// wrong.
 #pragma once
 
 #include "common/kv_store.h"
@@ -20,6 +21,7 @@ const char* kv_refusal(KvType type, int64_t dim);
 // Bytes of workspace, 256-byte aligned on CUDA; depends on sizes and the current device only.
 int64_t kv_select_scores_workspace(const KvSelectParams& p);
 int64_t kv_evict_append_workspace(const KvAppendParams& p);
+int64_t kv_merge_evict_workspace(const KvMergeEvictParams& p);
 int64_t kv_attention_decode_workspace(const KvAttentionParams& p);
 
 int kv_select_scores(const KvSelectParams& p, void* workspace, void* stream);
@@ -27,6 +29,7 @@ int kv_quant_pack(const KvPackParams& p, void* stream);
 int kv_quant_unpack(const KvUnpackParams& p, void* stream);
 int kv_evict_append(const KvAppendParams& p, void* workspace, void* stream);
 int kv_attention_decode(const KvAttentionParams& p, void* workspace, void* stream);
+int kv_merge_evict(const KvMergeEvictParams& p, void* workspace, void* stream);
 int kv_merge_pair(const KvMergeParams& p, void* stream);
 
 }  // namespace kvopt::cuda

@@ -116,6 +116,7 @@ const char* kv_refusal(const KvStore& s) {
   if (kv_code_bits(s.codec) != 0 && (!power || s.group < 4 || s.group > kKvMaxGroup)) {
     return "this group (CUDA takes powers of two from 4 to 128)";
   }
+  if (s.group > kKvMaxGroup) return "this group (CUDA takes 1 to 128)";
   if (s.rows > 65535 || s.heads > 65535) return "more than 65535 rows or heads";
   if ((s.packed_slots + s.plain_slots) > INT32_MAX / 2) return "more than 2^30 slots in a row";
   return nullptr;

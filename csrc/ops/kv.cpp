@@ -48,6 +48,20 @@ void check_lengths(const KvStore& s, const char* op) {
   }
 }
 
+// Of two layers that share what they pack.
+void check_pair(const KvStore& lower, const KvStore& upper, const char* op) {
+  const int64_t heads = lower.heads;
+  for (int64_t i = 0; i < lower.rows * heads; ++i) {
+    const int32_t* const n = lower.segments + 4 * i;
+    STD_TORCH_CHECK(n[1] == 0 || n[3] >= lower.group, op, ": segments: beside packed slots there ",
+                    "must be ", lower.group, " plain ones, got ", n[3]);
+    STD_TORCH_CHECK(lower.lengths[2 * i] == upper.lengths[2 * i] &&
+                        lower.lengths[2 * i + 1] == upper.lengths[2 * i + 1],
+                    op, ": upper: lengths: segment ", i % heads, " of row ", i / heads,
+                    " holds other tokens than the lower store's");
+  }
+}
+
 std::unique_ptr<float[]> floats(int64_t count) {
   return std::unique_ptr<float[]>(count > 0 ? new float[static_cast<size_t>(count)] : nullptr);
 }
@@ -167,6 +181,30 @@ Quadruple kv_merge_pair_cpu(Tensor a, Tensor b, double t) {
       0, c.params.vectors, grain(8 * c.params.dim),
       [&](int64_t begin, int64_t end) { cpu::kv_merge_pair(c.params, begin, end); });
   return c.out;
+}
+
+void kv_merge_evict_cpu(KVOPT_STORE_PARAMETERS, KVOPT_UPPER_PARAMETERS, Tensor position,
+                        std::optional<Tensor> victim, int64_t order, int64_t first, int64_t recent,
+                        bool shared, bool age, int64_t residual, double t) {
+  const char* op = "kv_merge_evict";
+  const KvMergeEvictParams p =
+      make_merge_evict(KVOPT_STORE_ARGUMENTS, KVOPT_UPPER_ARGUMENTS, position, victim, order, first,
+                       recent, shared, age, residual, t, op);
+  const KvStore& s = p.lower;
+  check_segments(s, op);
+  check_lengths(s, op);
+  check_pair(s, p.upper, op);
+  std::vector<int64_t> common(static_cast<size_t>(s.rows));
+  torch::stable::parallel_for(0, s.rows, grain(s.packed_slots + s.plain_slots),
+                              [&](int64_t begin, int64_t end) {
+                                cpu::kv_merge_evict_common(p, common.data(), begin, end);
+                              });
+  const int64_t numbers =
+      (s.packed_slots + 2 * s.plain_slots * s.dim) / std::max<int64_t>(1, s.heads);
+  torch::stable::parallel_for(0, s.rows * s.heads, grain(numbers), [&](int64_t begin, int64_t end) {
+    const auto scratch = floats((cpu::kv_merge_evict_scratch(p) + 3) / 4);
+    cpu::kv_merge_evict(p, common.data(), scratch.get(), begin, end);
+  });
 }
 
 }  // namespace kvopt::ops

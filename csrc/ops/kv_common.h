@@ -12,6 +12,9 @@
 #define KVOPT_STORE_ARGUMENTS                                                                 \
   segments, lengths, positions, scores, plain_keys, plain_values, packed_keys, packed_values, \
       key_scale, value_scale, factors, codec, group
+// And of KVOPT_UPPER_PARAMETERS.
+#define KVOPT_UPPER_ARGUMENTS \
+  upper_lengths, upper_positions, upper_scores, upper_plain_keys, upper_plain_values, upper_factors
 
 namespace kvopt::ops {
 
@@ -205,6 +208,40 @@ inline UnpackCall make_unpack(const KvStore& s, const Tensor& plain_keys, const 
   return {{s, slots, data<void>(keys), data<void>(values), data<int32_t>(at)}, {keys, values, at}};
 }
 
+// Who makes room for a token.
+inline KvVictimRule make_victim_rule(const KvStore& s, const Tensor& plain_keys,
+                                     const Tensor& position, const std::optional<Tensor>& victim,
+                                     int64_t order, int64_t first, int64_t recent, bool shared,
+                                     bool age, const char* op) {
+  KvVictimRule r{};
+  r.position_heads = heads_of(position, 2, s.heads, op, "position");
+  check_int32(position, {s.rows, r.position_heads}, plain_keys, op, "position");
+  STD_TORCH_CHECK(!shared || r.position_heads == 1, op,
+                  ": position must have shape (B, 1) where heads evict together");
+  r.position = data<const int32_t>(position);
+  r.victim_heads = 1;
+  if (victim.has_value()) {
+    r.victim_heads = heads_of(*victim, 2, s.heads, op, "victim");
+    check_int32(*victim, {s.rows, r.victim_heads}, plain_keys, op, "victim");
+    STD_TORCH_CHECK(!shared || r.victim_heads == 1, op,
+                    ": victim must have shape (B, 1) where heads evict together");
+    r.victim = data<const int32_t>(*victim);
+  }
+  STD_TORCH_CHECK(order == 0 || order == 1, op,
+                  ": order must be 0 (the oldest goes) or 1 (the lowest score), got ", order);
+  r.order = static_cast<KvOrder>(order);
+  STD_TORCH_CHECK(r.order != KvOrder::kLowestScore || keeps_scores(s), op,
+                  ": scores must be kept where the lowest one goes");
+  r.first = to_int32(first, op, "first");
+  STD_TORCH_CHECK(recent >= kKvHalf && recent <= INT32_MAX, op,
+                  ": recent must be -1 (the newer half), or 0 or more and fit in 32 bits, got ",
+                  recent);
+  r.recent = static_cast<int32_t>(recent);
+  r.shared = shared;
+  r.age = age;
+  return r;
+}
+
 inline KvAppendParams make_append(const KvStore& s, const Tensor& plain_keys, const Tensor& key,
                                   const Tensor& value, const Tensor& position,
                                   const std::optional<Tensor>& token_score, double new_score,
@@ -214,10 +251,6 @@ inline KvAppendParams make_append(const KvStore& s, const Tensor& plain_keys, co
   p.store = s;
   check_vectors(key, {s.rows, s.heads, s.dim}, plain_keys, op, "key");
   check_vectors(value, {s.rows, s.heads, s.dim}, plain_keys, op, "value");
-  p.position_heads = heads_of(position, 2, s.heads, op, "position");
-  check_int32(position, {s.rows, p.position_heads}, plain_keys, op, "position");
-  STD_TORCH_CHECK(!shared || p.position_heads == 1, op,
-                  ": position must have shape (B, 1) where heads evict together");
   if (token_score.has_value()) {
     check_type(*token_score, ScalarType::Float, "float32", op, "token_score");
     check_shape(*token_score, {s.rows, s.heads}, op, "token_score");
@@ -225,26 +258,10 @@ inline KvAppendParams make_append(const KvStore& s, const Tensor& plain_keys, co
     p.token_score = data<const float>(*token_score);
   }
   p.new_score = static_cast<float>(new_score);
-  p.victim_heads = 1;
-  if (victim.has_value()) {
-    p.victim_heads = heads_of(*victim, 2, s.heads, op, "victim");
-    check_int32(*victim, {s.rows, p.victim_heads}, plain_keys, op, "victim");
-    STD_TORCH_CHECK(!shared || p.victim_heads == 1, op,
-                    ": victim must have shape (B, 1) where heads evict together");
-    p.victim = data<const int32_t>(*victim);
-  }
-  STD_TORCH_CHECK(order == 0 || order == 1, op,
-                  ": order must be 0 (the oldest goes) or 1 (the lowest score), got ", order);
-  p.order = static_cast<KvOrder>(order);
-  STD_TORCH_CHECK(p.order != KvOrder::kLowestScore || keeps_scores(s), op,
-                  ": scores must be kept where the lowest one goes");
-  p.first = to_int32(first, op, "first");
-  p.recent = to_int32(recent, op, "recent");
-  p.shared = shared;
-  p.age = age;
+  static_cast<KvVictimRule&>(p) =
+      make_victim_rule(s, plain_keys, position, victim, order, first, recent, shared, age, op);
   p.key = data<const void>(key);
   p.value = data<const void>(value);
-  p.position = data<const int32_t>(position);
   return p;
 }
 
@@ -362,6 +379,37 @@ inline MergeCall make_merge(const Tensor& a, const Tensor& b, double t, const ch
   p.norm_b = data<float>(norm_b);
   p.distance = data<float>(distance);
   return {p, {direction, norm_a, norm_b, distance}};
+}
+
+inline KvMergeEvictParams make_merge_evict(KVOPT_STORE_PARAMETERS, KVOPT_UPPER_PARAMETERS,
+                                           const Tensor& position,
+                                           const std::optional<Tensor>& victim, int64_t order,
+                                           int64_t first, int64_t recent, bool shared, bool age,
+                                           int64_t residual, double t, const char* op) {
+  const std::string upper = std::string(op) + ": upper";
+  KvMergeEvictParams p{};
+  p.lower = make_store(KVOPT_STORE_ARGUMENTS, op);
+  const KvStore& s = p.lower;
+  check_vectors(upper_plain_keys, {s.rows, s.plain_slots, s.dim}, plain_keys, upper.c_str(),
+                "plain_keys");
+  p.upper = make_store(segments, upper_lengths, upper_positions, upper_scores, upper_plain_keys,
+                       upper_plain_values, packed_keys, packed_values, key_scale, value_scale,
+                       upper_factors, codec, group, upper.c_str());
+  STD_TORCH_CHECK(s.lengths != p.upper.lengths || s.rows * s.heads == 0, upper,
+                  ": lengths must be another tensor than the lower store's");
+  const bool scored = keeps_scores(s);
+  STD_TORCH_CHECK(scored == keeps_scores(p.upper), upper, ": scores must ", scored ? "" : "not ",
+                  "be kept, as the lower store's");
+  const bool packs = s.rows * s.packed_slots > 0;
+  STD_TORCH_CHECK(!packs || s.factors != nullptr, op, ": factors must be kept");
+  STD_TORCH_CHECK(!packs || p.upper.factors != nullptr, upper, ": factors must be kept");
+  static_cast<KvVictimRule&>(p) =
+      make_victim_rule(s, plain_keys, position, victim, order, first, recent, shared, age, op);
+  p.residual = to_int32(residual, op, "residual");
+  STD_TORCH_CHECK(t >= 0.0 && t <= 1.0, op, ": t must be in [0, 1], got ", t);
+  p.t = static_cast<float>(t);
+  p.t_double = t;
+  return p;
 }
 
 }  // namespace kvopt::ops

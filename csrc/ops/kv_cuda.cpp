@@ -91,4 +91,17 @@ Quadruple kv_merge_pair_cuda(Tensor a, Tensor b, double t) {
   return c.out;
 }
 
+void kv_merge_evict_cuda(KVOPT_STORE_PARAMETERS, KVOPT_UPPER_PARAMETERS, Tensor position,
+                         std::optional<Tensor> victim, int64_t order, int64_t first, int64_t recent,
+                         bool shared, bool age, int64_t residual, double t) {
+  const char* op = "kv_merge_evict";
+  CudaCall call(plain_keys);
+  const KvMergeEvictParams p =
+      make_merge_evict(KVOPT_STORE_ARGUMENTS, KVOPT_UPPER_ARGUMENTS, position, victim, order, first,
+                       recent, shared, age, residual, t, op);
+  check_taken(cuda::kv_refusal(p.lower), op);
+  Tensor workspace = make_workspace(plain_keys, cuda::kv_merge_evict_workspace(p));
+  CudaCall::check(cuda::kv_merge_evict(p, workspace.mutable_data_ptr(), call.stream()), op);
+}
+
 }  // namespace kvopt::ops

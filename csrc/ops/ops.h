@@ -19,6 +19,11 @@ using Quadruple = std::tuple<Tensor, Tensor, Tensor, Tensor>;
       Tensor plain_values, Tensor packed_keys, Tensor packed_values, Tensor key_scale, \
       Tensor value_scale, Tensor factors, int64_t codec, int64_t group
 
+// What the second of two layers that share what they pack has of its own.
+#define KVOPT_UPPER_PARAMETERS                                                                \
+  Tensor upper_lengths, Tensor upper_positions, Tensor upper_scores, Tensor upper_plain_keys, \
+      Tensor upper_plain_values, Tensor upper_factors
+
 Tensor qlinear_cpu(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias, int64_t n,
                    int64_t bits, int64_t group_size, int64_t scheme, int64_t activation_bits,
                    std::optional<Tensor> input_scale, std::optional<Tensor> low_rank_x,
@@ -57,6 +62,9 @@ Tensor kv_attention_decode_cpu(Tensor query, KVOPT_STORE_PARAMETERS, double scal
                                int64_t first, std::optional<Tensor> gap,
                                std::optional<Tensor> frequencies);
 Quadruple kv_merge_pair_cpu(Tensor a, Tensor b, double t);
+void kv_merge_evict_cpu(KVOPT_STORE_PARAMETERS, KVOPT_UPPER_PARAMETERS, Tensor position,
+                        std::optional<Tensor> victim, int64_t order, int64_t first, int64_t recent,
+                        bool shared, bool age, int64_t residual, double t);
 
 Tensor qlinear_cuda(Tensor x, Tensor packed, Tensor meta, std::optional<Tensor> bias, int64_t n,
                     int64_t bits, int64_t group_size, int64_t scheme, int64_t activation_bits,
@@ -96,5 +104,8 @@ Tensor kv_attention_decode_cuda(Tensor query, KVOPT_STORE_PARAMETERS, double sca
                                 int64_t first, std::optional<Tensor> gap,
                                 std::optional<Tensor> frequencies);
 Quadruple kv_merge_pair_cuda(Tensor a, Tensor b, double t);
+void kv_merge_evict_cuda(KVOPT_STORE_PARAMETERS, KVOPT_UPPER_PARAMETERS, Tensor position,
+                         std::optional<Tensor> victim, int64_t order, int64_t first, int64_t recent,
+                         bool shared, bool age, int64_t residual, double t);
 
 }  // namespace kvopt::ops

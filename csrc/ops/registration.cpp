@@ -76,6 +76,11 @@ STABLE_TORCH_LIBRARY(kvopt, m) {
   m.def(
       "kv_merge_pair(Tensor a, Tensor b, float t) -> (Tensor direction, Tensor norm_a, Tensor "
       "norm_b, Tensor distance)");
+  m.def("kv_merge_evict(" KVOPT_STORE_WRITTEN
+        "Tensor(k!) upper_lengths, Tensor(l!) upper_positions, Tensor(m!) upper_scores, "
+        "Tensor(n!) upper_plain_keys, Tensor(o!) upper_plain_values, Tensor(p!) upper_factors, "
+        "Tensor position, Tensor? victim, int order, int first, int recent, bool shared, bool age, "
+        "int residual, float t) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvopt, CPU, m) {
@@ -95,6 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvopt, CPU, m) {
   m.impl("kv_evict_append", TORCH_BOX(&kv_evict_append_cpu));
   m.impl("kv_attention_decode", TORCH_BOX(&kv_attention_decode_cpu));
   m.impl("kv_merge_pair", TORCH_BOX(&kv_merge_pair_cpu));
+  m.impl("kv_merge_evict", TORCH_BOX(&kv_merge_evict_cpu));
 }
 
 #ifdef KVOPT_WITH_CUDA
@@ -115,6 +121,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvopt, CUDA, m) {
   m.impl("kv_evict_append", TORCH_BOX(&kv_evict_append_cuda));
   m.impl("kv_attention_decode", TORCH_BOX(&kv_attention_decode_cuda));
   m.impl("kv_merge_pair", TORCH_BOX(&kv_merge_pair_cuda));
+  m.impl("kv_merge_evict", TORCH_BOX(&kv_merge_evict_cuda));
 }
 #endif
 

@@ -16,7 +16,7 @@ from kvopt.models.registration import watch as _watch_for_transformers
 
 if TYPE_CHECKING:
     from kvopt._library import FallbackWarning, build_info
-    from kvopt.cache import Cache, CacheSpec, compress, register_policy
+    from kvopt.cache import Cache, CacheBytes, CacheSpec, cache_bytes, compress, register_policy
     from kvopt.models.load import load
     from kvopt.models.memory import model_nbytes
     from kvopt.weights import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # Where each public name lives. Names are imported when first used, so that `kvopt --help` does not wait for torch.
 _HOME = {
     "Cache": "kvopt.cache",
+    "CacheBytes": "kvopt.cache",
     "CacheSpec": "kvopt.cache",
     "FallbackWarning": "kvopt._library",
     "QuantLinear": "kvopt.weights",
@@ -43,6 +44,7 @@ _HOME = {
     "Recipe": "kvopt.weights",
     "WeightFormat": "kvopt.weights",
     "build_info": "kvopt._library",
+    "cache_bytes": "kvopt.cache",
     "compress": "kvopt.cache",
     "dequantize": "kvopt.weights",
     "load": "kvopt.models.load",
@@ -69,6 +71,7 @@ _SUBMODULES = (
 
 __all__ = [
     "Cache",
+    "CacheBytes",
     "CacheSpec",
     "FallbackWarning",
     "QuantLinear",
@@ -78,6 +81,7 @@ __all__ = [
     "WeightFormat",
     "__version__",
     "build_info",
+    "cache_bytes",
     "compress",
     "dequantize",
     "load",

@@ -311,6 +311,10 @@ def _register_kv() -> None:
         number = functools.partial(a.new_empty, a.shape[:3], dtype=torch.float32)
         return a.new_empty(a.shape), number(), number(), number()
 
+    @fake("kvopt::kv_merge_evict")
+    def _(*stores_and_rule: Any) -> None:
+        return None
+
 
 def _plain_like(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Empty codes, scale and zero for a weight (N, K)."""

@@ -2,9 +2,10 @@
 """The operators on a KV cache, typed. Each calls its compiled kernel, or ``reference_kv`` where none exists.
 
 B rows, H KV heads, Hq query heads (a multiple of H; head h belongs to KV head h // (Hq / H)), D numbers per vector.
-What a store holds says :class:`kvopt.reference_kv.Store`; which slot a token goes to, ``csrc/common/kv_store.h``. No
-call waits for the device, none allocates anything that grows with the square of a length, none has a gradient. Tensors
-are made contiguous where they are not; a store's must be. What does not fit raises RuntimeError with its name.
+What a store holds says :class:`kvopt.reference_kv_segment.Store`; which slot a token goes to,
+``csrc/common/kv_store.h``. No call waits for the device, none allocates anything that grows with the square of a
+length, none has a gradient. Tensors are made contiguous where they are not; a store's must be. What does not fit raises
+RuntimeError with its name.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvopt import _library, reference_kv
-from kvopt.reference_kv import Store
+from kvopt import _library, reference_kv, reference_kv_pair
+from kvopt.reference_kv_segment import Store
 
 
 def _arguments(store: Store) -> tuple[Any, ...]:
@@ -155,6 +156,7 @@ def kv_evict_append(
         order: 0: the oldest goes. 1: the lowest score, ties: the oldest.
         first: positions below it are protected,
         recent: and so are those above position - recent. If that leaves none, ``first`` alone protects, then nothing.
+            -1: the newer half of a segment's capacity c, c - c // 2.
         shared: priorities are summed over the row's heads, which all evict the same index; ``position`` and ``victim``
             are (B, 1) and the heads' segments alike.
         age: a score counts per step since its token's position.
@@ -229,3 +231,58 @@ def kv_merge_pair(a: Tensor, b: Tensor, t: float) -> tuple[Tensor, Tensor, Tenso
         return direction, norm_a, norm_b, distance
     with torch.no_grad():
         return reference_kv.kv_merge_pair(a, b, t)
+
+
+_SHARED = ("segments", "packed_keys", "packed_values", "key_scale", "value_scale")
+
+
+def kv_merge_evict(
+    lower: Store,
+    upper: Store,
+    position: Tensor,
+    victim: Tensor | None = None,
+    order: int = reference_kv.OLDEST,
+    first: int = 0,
+    recent: int = 0,
+    shared: bool = False,
+    age: bool = False,
+    residual: int = 1,
+    t: float = 0.6,
+) -> None:
+    """Makes room for one token in two layers that share what they pack: MiniCache (arXiv:2405.14366, section 3).
+
+    Both hold the same tokens in the same slots. A segment whose plain part has room stays as it is. A full plain part
+    has G tokens merged (one direction, two norms) and packed, those whose keys differ least, as long as there is room;
+    then a victim leaves both layers. So the plain part keeps the newest tokens and the least alike ones.
+
+    Args:
+        lower: the first layer, written; with factors, and in a segment with packed slots at least max(1, G) plain ones.
+        upper: the second, likewise; its segments and packed tensors (all but factors) are the first one's.
+        position: (B, 1 or H) int32 of the token that room is made for; -1: nothing happens in this row, or this head.
+        victim: as in :func:`kv_evict_append`.
+        order: likewise; a token's score is the sum of both layers'.
+        first: likewise,
+        recent: and this,
+        shared: and this. Heads that merged different tokens hold them in different slots: they need victims instead.
+        age: as in :func:`kv_evict_append`.
+        residual: tokens that stay plain because they are the newest, the one to come and those it is merged with
+            included: all but the newest residual - G may be merged.
+        t: where on the arc between the layers' vectors the common direction lies, 0 to 1; the paper's 0.6.
+    """
+    for name in _SHARED:
+        if getattr(upper, name) is not getattr(lower, name):
+            raise RuntimeError(f"kv_merge_evict: upper: {name} must be the lower store's own")
+    if (upper.codec, upper.group) != (lower.codec, lower.group):
+        raise RuntimeError("kv_merge_evict: upper: codec and group must be the lower store's")
+    if _has_kernel(lower.positions):
+        with _below_autograd():
+            torch.ops.kvopt.kv_merge_evict(
+                *_arguments(lower),
+                *(upper.lengths, upper.positions, upper.scores, upper.plain_keys, upper.plain_values),
+                *(upper.factors, position, victim, order, first, recent, shared, age, residual, t),
+            )
+        return
+    with torch.no_grad():
+        reference_kv_pair.kv_merge_evict(
+            *(lower, upper, position, victim, order, first, recent, shared, age, residual, t)
+        )

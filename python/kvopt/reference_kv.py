@@ -11,24 +11,11 @@ Sums are taken in float32, or in float64 for a float64 store; ``compute`` asks f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kvopt.reference_kv_codes import (
-    CODE_BITS,
-    FP8,
-    MODEL,
-    direction_and_norm,
-    fp8_codes,
-    integer_codes,
-    integer_range,
-    join_codes,
-    split_codes,
-)
+from kvopt.reference_kv_segment import Segment, Store, close_gaps, of_head, segments_of
 
 OLDEST, LOWEST_SCORE = range(2)  # orders of eviction
 KEEP_SCORES, ADD_SCORES, REPLACE_SCORES, MAXIMUM_SCORES = range(4)  # updates of attention
@@ -36,168 +23,8 @@ KEEP_SCORES, ADD_SCORES, REPLACE_SCORES, MAXIMUM_SCORES = range(4)  # updates of
 _QUERY_TILE = 256
 
 
-class Store(Protocol):
-    """One layer of a cache. Slots beyond a segment's ``lengths`` hold anything, NaN included.
-
-    Attributes:
-        segments: (B, H, 4) int32: packed_begin, packed_capacity, plain_begin, plain_capacity, counted from the row's
-            start; the packed ones are multiples of ``group``, and plain_capacity ≥ group where there are packed slots
-            and group > 1.
-        lengths: (B, H, 2) int32, how many packed and plain slots are filled: the first ones of each part.
-        positions: (B, Q + P) int32, plain slot j of a row at Q + j.
-        scores: (B, Q + P) float32, or (0,).
-        plain_keys, plain_values: (B, P, D) float32, float16, bfloat16 or (on the CPU) float64.
-        packed_keys, packed_values: (B, Q, bytes) uint8.
-        key_scale: float16: (B, Q / G, 2, D) scale and minimum, fp8: (B, Q), else (0,).
-        value_scale: float16: (B, Q, ⌈D / G⌉, 2) scale and minimum, fp8: (B, Q), else (0,).
-        factors: (B, Q, 2) float32, by which the packed key and value are multiplied, or (0,).
-        codec: 0 the model's type, 1 fp8, 2 int8, 3 int4, 4 int2.
-        group: G ≥ 1.
-    """
-
-    segments: Tensor
-    lengths: Tensor
-    positions: Tensor
-    scores: Tensor
-    plain_keys: Tensor
-    plain_values: Tensor
-    packed_keys: Tensor
-    packed_values: Tensor
-    key_scale: Tensor
-    value_scale: Tensor
-    factors: Tensor
-    codec: int
-    group: int
-
-
-# --- one segment ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Segment:
-    """One (row, head) of a store, slots as indices into the row."""
-
-    store: Store
-    row: int
-    head: int
-    packed_begin: int
-    packed_capacity: int
-    plain_begin: int
-    plain_capacity: int
-    packed: int
-    plain: int
-
-    @property
-    def packed_slots(self) -> Tensor:
-        return torch.arange(self.packed_begin, self.packed_begin + self.packed, device=self.device)
-
-    @property
-    def plain_slots(self) -> Tensor:
-        return torch.arange(self.plain_begin, self.plain_begin + self.plain, device=self.device)
-
-    @property
-    def slots(self) -> Tensor:
-        """Index into ``positions`` and ``scores`` of every filled slot, packed ones first."""
-        return torch.cat([self.packed_slots, self.store.packed_keys.shape[1] + self.plain_slots])
-
-    @property
-    def positions(self) -> Tensor:
-        return self.store.positions[self.row, self.slots]
-
-    @property
-    def device(self) -> torch.device:
-        return self.store.positions.device
-
-    def write_lengths(self, packed: int, plain: int) -> None:
-        self.packed, self.plain = packed, plain
-        new = torch.tensor([packed, plain], dtype=torch.int32)
-        self.store.lengths[self.row, self.head] = new.to(self.device)
-
-    def note(self, slots: Tensor, positions: Tensor, scores: Tensor | float) -> None:
-        """Writes position and score of slots, given as indices into ``positions``."""
-        self.store.positions[self.row, slots] = positions
-        if self.store.scores.numel():
-            self.store.scores[self.row, slots] = scores
-
-    def pack(self, slots: Tensor, keys: Tensor, values: Tensor, *, into_group: bool = False) -> None:
-        """Packs (n, D) vectors into packed slots (n,), whole groups, or ``into_group`` one slot of an existing one."""
-        store, row = self.store, self.row
-        codec, group, dim = store.codec, store.group, keys.shape[1]
-        if store.factors.numel() or codec != MODEL:
-            keys, values = keys.float(), values.float()
-        if store.factors.numel():
-            keys, key_norm = direction_and_norm(keys)
-            values, value_norm = direction_and_norm(values)
-            store.factors[row, slots] = torch.stack([key_norm, value_norm], -1)
-        if codec == MODEL:
-            for target, x in ((store.packed_keys, keys), (store.packed_values, values)):
-                target[row, slots] = x.to(store.plain_keys.dtype).contiguous().view(torch.uint8)
-        elif codec == FP8:
-            store.packed_keys[row, slots], store.key_scale[row, slots] = fp8_codes(keys)
-            store.packed_values[row, slots], store.value_scale[row, slots] = fp8_codes(values)
-        else:
-            bits = CODE_BITS[codec]
-            if into_group:
-                scale, lowest = store.key_scale[row, slots // group].unbind(1)
-                codes = integer_codes(keys, scale, lowest, bits)
-            else:
-                grouped = keys.view(-1, group, dim)
-                scale, lowest = integer_range(grouped, bits, 1)
-                codes = integer_codes(grouped, scale, lowest, bits).view(-1, dim)
-                store.key_scale[row, slots[::group] // group] = torch.cat([scale, lowest], 1)
-            store.packed_keys[row, slots] = join_codes(codes, bits)
-            codes_of, ranges = [], []
-            for part in torch.split(values, group, dim=-1):
-                scale, lowest = integer_range(part, bits, -1)
-                codes_of.append(integer_codes(part, scale, lowest, bits))
-                ranges.append(torch.cat([scale, lowest], -1))
-            store.packed_values[row, slots] = join_codes(torch.cat(codes_of, -1), bits)
-            store.value_scale[row, slots] = torch.stack(ranges, 1)
-
-    def read(self, compute: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values (n, D) of the filled slots, packed ones first."""
-        store, row = self.store, self.row
-        slots, dim = self.packed_slots, store.plain_keys.shape[2]
-        codes = (store.packed_keys[row, slots], store.packed_values[row, slots])
-        if store.codec == MODEL:
-            keys, values = (x.contiguous().view(store.plain_keys.dtype).to(compute) for x in codes)
-        elif store.codec == FP8:
-            scales = (store.key_scale[row, slots], store.value_scale[row, slots])
-            keys, values = (
-                x.view(torch.float8_e4m3fn).to(compute) * scale.to(compute)[:, None]
-                for x, scale in zip(codes, scales, strict=True)
-            )
-        else:
-            bits = CODE_BITS[store.codec]
-            scale, lowest = store.key_scale[row, slots // store.group].to(compute).unbind(1)
-            keys = scale * split_codes(codes[0], bits) + lowest
-            ranges = store.value_scale[row, slots].to(compute).repeat_interleave(store.group, dim=1)[:, :dim]
-            values = ranges[..., 0] * split_codes(codes[1], bits) + ranges[..., 1]
-        if store.factors.numel():
-            factors = store.factors[row, slots].to(compute)
-            keys, values = keys * factors[:, :1], values * factors[:, 1:]
-        plain = self.plain_slots
-        keys = torch.cat([keys, store.plain_keys[row, plain].to(compute)])
-        return keys, torch.cat([values, store.plain_values[row, plain].to(compute)])
-
-
-def _segments(store: Store) -> Iterator[_Segment]:
-    lengths = store.lengths.tolist()
-    for row, heads in enumerate(store.segments.tolist()):
-        for head, numbers in enumerate(heads):
-            yield _Segment(store, row, head, *numbers, *lengths[row][head])
-
-
-def _of_head(x: Tensor, row: int, head: int) -> Tensor:
-    """Of a (B, 1 or H, ...) tensor."""
-    return x[row, head if x.shape[1] > 1 else 0]
-
-
 def _compute_type(dtype: torch.dtype, compute: torch.dtype | None) -> torch.dtype:
     return compute or (torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-# --- the operators ----------------------------------------------------------------------------------------------------
 
 
 def kv_select_scores(
@@ -243,9 +70,9 @@ def kv_quant_pack(
     """As :func:`kvopt.ops_kv.kv_quant_pack` says."""
     group, packed_slots = store.group, store.packed_keys.shape[1]
     wanted = counts.tolist()
-    for s in _segments(store):
+    for s in segments_of(store):
         count = max(0, min(wanted[s.row][s.head], chosen.shape[2], s.packed_capacity + s.plain_capacity))
-        index = _of_head(chosen, s.row, s.head)[:count].long()
+        index = of_head(chosen, s.row, s.head)[:count].long()
         packed = -(-max(0, count - s.plain_capacity) // group) * group
         s.write_lengths(packed, count - packed)
         key, value = keys[s.row, s.head, index], values[s.row, s.head, index]
@@ -255,7 +82,7 @@ def kv_quant_pack(
         store.plain_values[s.row, s.plain_slots] = value[packed:]
         slots = torch.cat([s.packed_slots, packed_slots + s.plain_slots])
         scores = 0.0 if token_scores is None else token_scores[s.row, s.head, index]
-        s.note(slots, _of_head(key_positions, s.row, s.head)[index], scores)
+        s.note(slots, of_head(key_positions, s.row, s.head)[index], scores)
 
 
 def kv_quant_unpack(
@@ -268,7 +95,7 @@ def kv_quant_unpack(
     keys = torch.zeros(shape, dtype=compute or dtype, device=store.positions.device)
     values = torch.zeros_like(keys)
     positions = store.positions.new_full((rows, heads, slots), -1)
-    for s in _segments(store):
+    for s in segments_of(store):
         key, value = s.read(_compute_type(dtype, compute))
         count = min(slots, key.shape[0])
         keys[s.row, s.head, :count] = key[:count].to(keys.dtype)
@@ -321,7 +148,7 @@ def kv_evict_append(
 ) -> None:
     """As :func:`kvopt.ops_kv.kv_evict_append` says."""
     group, packed_slots, rows = store.group, store.packed_keys.shape[1], store.positions.shape[0]
-    segments = list(_segments(store))
+    segments = list(segments_of(store))
     common: list[int] = []
     if shared:  # before any head changes
         for row in range(rows):
@@ -331,12 +158,10 @@ def kv_evict_append(
             for s in of_row:
                 if store.scores.numel():
                     total = total + store.scores[row, s.slots[:n]]
-            newest = int(position[row, 0])
-            common.append(
-                choose_victim(total, of_row[0].positions[:n], newest, order, first, recent, age) if n else -1
-            )
+            rule = (int(position[row, 0]), order, first, of_row[0].recent(recent), age)
+            common.append(choose_victim(total, of_row[0].positions[:n], *rule) if n else -1)
     for s in segments:
-        newest = int(_of_head(position, s.row, s.head))
+        newest = int(of_head(position, s.row, s.head))
         if newest < 0 or s.packed_capacity + s.plain_capacity == 0:
             continue
         score = new_score if token_score is None else token_score[s.row, s.head]
@@ -350,30 +175,28 @@ def kv_evict_append(
             if s.plain_capacity == 0:
                 s.pack(into, new_key[None], new_value[None])
                 s.write_lengths(s.packed + 1, 0)
-                s.note(into, _of_head(position, s.row, s.head), score)
+                s.note(into, of_head(position, s.row, s.head), score)
                 continue
             by_age = store.positions[s.row, packed_slots + s.plain_slots].argsort(stable=True)
             _move_to_packed(s, into, s.plain_begin + by_age[:group])
             rest = s.plain_capacity - group
-            leaving, staying = by_age[:group].sort().values, by_age[group:].sort().values
-            holes, movers = leaving[leaving < rest], staying[staying >= rest]
-            _move_plain(s, s.plain_begin + holes, s.plain_begin + movers)
+            close_gaps(s, by_age[:group])
             slot = s.plain_begin + rest
             s.write_lengths(s.packed + group, rest + 1)
         else:  # (iii)
-            index = -1 if victim is None else int(_of_head(victim, s.row, s.head))
+            index = -1 if victim is None else int(of_head(victim, s.row, s.head))
             if not 0 <= index < s.packed + s.plain:
                 index = common[s.row] if shared else -1
             if index < 0:
                 scores = store.scores[s.row, s.slots] if store.scores.numel() else s.positions.float()
-                index = choose_victim(scores, s.positions, newest, order, first, recent, age)
+                index = choose_victim(scores, s.positions, newest, order, first, s.recent(recent), age)
             if index >= s.packed:
                 slot = s.plain_begin + index - s.packed
             else:
                 into = torch.tensor([s.packed_begin + index], device=s.device)
                 if s.plain_capacity == 0:
                     s.pack(into, new_key[None], new_value[None], into_group=True)
-                    s.note(into, _of_head(position, s.row, s.head), score)
+                    s.note(into, of_head(position, s.row, s.head), score)
                     continue
                 oldest = s.plain_begin + store.positions[s.row, packed_slots + s.plain_slots].argmin()
                 _move_to_packed(s, into, oldest[None], into_group=True)
@@ -381,23 +204,15 @@ def kv_evict_append(
         store.plain_keys[s.row, slot] = new_key
         store.plain_values[s.row, slot] = new_value
         at = torch.tensor([packed_slots + slot], device=s.device)
-        s.note(at, _of_head(position, s.row, s.head), score)
+        s.note(at, of_head(position, s.row, s.head), score)
 
 
-def _move_to_packed(s: _Segment, into: Tensor, plain: Tensor, *, into_group: bool = False) -> None:
+def _move_to_packed(s: Segment, into: Tensor, plain: Tensor, *, into_group: bool = False) -> None:
     store, row, packed_slots = s.store, s.row, s.store.packed_keys.shape[1]
     keys, values = store.plain_keys[row, plain], store.plain_values[row, plain]
     s.pack(into, keys, values, into_group=into_group)
     scores = store.scores[row, packed_slots + plain] if store.scores.numel() else 0.0
     s.note(into, store.positions[row, packed_slots + plain], scores)
-
-
-def _move_plain(s: _Segment, to: Tensor, source: Tensor) -> None:
-    store, row, packed_slots = s.store, s.row, s.store.packed_keys.shape[1]
-    for x in (store.plain_keys, store.plain_values):
-        x[row, to] = x[row, source]
-    scores = store.scores[row, packed_slots + source] if store.scores.numel() else 0.0
-    s.note(packed_slots + to, store.positions[row, packed_slots + source], scores)
 
 
 def turn_back(query: Tensor, gap: int, frequencies: Tensor) -> Tensor:
@@ -425,7 +240,7 @@ def kv_attention_decode(
     wide = _compute_type(query.dtype, compute)
     group = query.shape[1] // store.segments.shape[1]
     out = torch.zeros(query.shape, dtype=wide, device=query.device)
-    for s in _segments(store):
+    for s in segments_of(store):
         if s.packed + s.plain == 0:
             continue
         heads = slice(s.head * group, (s.head + 1) * group)

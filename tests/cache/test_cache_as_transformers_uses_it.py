@@ -54,6 +54,8 @@ SMALL: dict[str, Any] = dict(
         "h2o_b16+ada",
         "snapkv_b32+int8_g4_r8",
         "full+fp8",
+        "full+minicache",
+        "h2o_b16+minicache_k20+int8_g4_r8",
     ],
 )
 @pytest.mark.parametrize("name", MODELS)
@@ -79,10 +81,16 @@ def test_beam_search_reorders_everything(name: str, spec: str) -> None:
     assert relative_error(out.sequences_scores, score) < 1e-5
 
 
-@pytest.mark.parametrize("spec", ["sink_b16_s4", "h2o_b16+ada", "tova_b32+int4_g8_r16", "full+fp8"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("sink_b16_s4", "h2o_b16+ada", "tova_b32+int4_g8_r16", "full+fp8"),
+        *("full+minicache", "h2o_b16+ada+minicache+fp8"),
+    ],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_return_sequences_and_repeated_rows(name: str, spec: str) -> None:
-    model, ids = TINY[name](), random_ids(2, 30)
+    model, ids = TINY[name](dtype=torch.float64), random_ids(2, 30)
     options = dict(max_new_tokens=5, do_sample=True, num_return_sequences=3)
     assert model.generate(ids, past_key_values=Cache(model, spec), **options).shape == (6, 35)
     more = random_ids(2, 20)
@@ -97,7 +105,13 @@ def test_return_sequences_and_repeated_rows(name: str, spec: str) -> None:
     assert relative_error(got, expected) < 1e-5
 
 
-@pytest.mark.parametrize("spec", ["full", "sink_b16_s4", "h2o_b24+int4_g4_r8", "snapkv_b40_grow+ada"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("full", "sink_b16_s4", "h2o_b24+int4_g4_r8", "snapkv_b40_grow+ada"),
+        *("full+minicache", "snapkv_b40_grow+ada+minicache+int4_g4_r8"),
+    ],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_deep_copy_shares_a_prefix_and_not_the_model(name: str, spec: str) -> None:
     model, prefix, turns = TINY[name](), random_ids(1, 40), [random_ids(1, 12), random_ids(1, 12)]
@@ -145,10 +159,35 @@ def test_crop_stops_at_what_is_packed() -> None:
     assert cache.lengths().unique().tolist() == [46]
 
 
+def test_crop_stops_at_what_is_merged() -> None:
+    """While the plain parts have room nothing is; later only the newest token surely is not."""
+    model, ids, more = tiny_llama(), random_ids(2, 10), random_ids(2, 40)
+    cache, again = (Cache(model, "full+minicache_k5+int4_g4_r16") for _ in range(2))
+    run_forced(model, cache, ids, more[:, :9])
+    cache.crop(-9)
+    run_forced(model, again, ids, ids[:, :0])
+    got = run_forced(model, cache, more[:, :1], more[:, 1:])
+    assert torch.equal(got, run_forced(model, again, more[:, :1], more[:, 1:]))
+    before = [cache.keys(layer)[:, :, :-13] for layer in range(2)]
+    cache.crop(-13)
+    assert cache.lengths().unique().tolist() == [37]
+    assert all(torch.equal(cache.keys(layer), keys) for layer, keys in enumerate(before))
+    with pytest.raises(ValueError, match="can't take back 30 tokens, some of them are packed; the newest 13"):
+        cache.crop(-30)
+    run_forced(model, cache, more[:, :1], more)
+    assert cache.lengths().unique().tolist() == [78]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_inference_mode_may_come_and_go(name: str) -> None:
     model, ids = TINY[name](), random_ids(2, 20)
     specs = ["sink_b12_s4", "full", "h2o_b16+int4_g4_r4", "full+fp8", "snapkv_b32_grow", "tova_b8"]
+    specs += [
+        "full+minicache",
+        "h2o_b16+minicache+int4_g4_r4",
+        "snapkv_b32_grow+minicache_k0",
+        "kvzip_b8+minicache",
+    ]
     caches = [Cache(model, spec) for spec in specs]
     for cache in caches:
         with torch.inference_mode():
@@ -363,7 +402,11 @@ def test_a_prompt_keeps_its_gradients() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "spec", ["full", "sink_b12_s4", "h2o_b12", "full+int4_g4_r8", "kvzip_b12", "snapkv_b40+fp8"]
+    "spec",
+    [
+        *("full", "sink_b12_s4", "h2o_b12", "full+int4_g4_r8", "kvzip_b12", "snapkv_b40+fp8"),
+        *("full+minicache", "h2o_b12+minicache_k20", "full+minicache+int4_g4_r8"),
+    ],
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_chunks_of_nothing_but_padding(name: str, spec: str) -> None:

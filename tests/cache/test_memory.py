@@ -153,6 +153,12 @@ class NoWaiting(TorchDispatchMode):
             "h2o_b40+int2_g8_r16",
             "tova_b40+fp8",
         ),
+        *(
+            "full+minicache",
+            "snapkv_b100_grow+ada+minicache+int4_g8_r16",
+            "tova_b24+minicache",
+            "h2o_b24+minicache+fp8",
+        ),
     ],
 )
 @pytest.mark.parametrize("name", MODELS)

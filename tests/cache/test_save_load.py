@@ -36,6 +36,15 @@ SPECS = [
         "h2o_b40+ada+int2_g4_r8",
         "sink_b40_s2+int8_g8_r16",
     ),
+    *(
+        "full+minicache",
+        "full+minicache_k0+int4_g8_r16",
+        "h2o_b24+minicache_k20",
+        "h2o_p40+ada+minicache+int4_g4_r8",
+        "snapkv_b40_grow+minicache+fp8",
+        "sink_b40_s2+minicache_t50",
+        "kvzip_b24+minicache_k100",
+    ),
 ]
 
 
@@ -197,6 +206,77 @@ def test_tampered_files_are_refused(
 ) -> None:
     model, path = saved
     tensors = load_file(path)
+    with safe_open(path, framework="pt") as opened:
+        header = json.loads(opened.metadata()["kvopt.cache"])
+    change(tensors, header)
+    save_file(tensors, path, {"kvopt.cache": json.dumps(header)})
+    with pytest.raises(ValueError, match=f"(?s)kvopt.Cache.load: .*({says})"):
+        Cache.load(path, model)
+
+
+def _add_shared(tensors: Tensors, header: dict[str, Any]) -> None:
+    tensors["1.packed_keys"] = tensors["0.packed_keys"].clone()
+
+
+def _swap_positions(tensors: Tensors, header: dict[str, Any]) -> None:
+    """Two tokens of the upper layer change places in the plain part."""
+    begin = tensors["0.packed_keys"].shape[1]
+    tensors["1.positions"][0, begin : begin + 2] = tensors["1.positions"][0, begin : begin + 2].flip(0)
+
+
+def _other_parts(tensors: Tensors, header: dict[str, Any]) -> None:
+    """The capacity of each segment stays, but a group of it becomes plain."""
+    tensors["0.segments"][..., 1] -= 8
+    tensors["0.segments"][..., 3] += 8
+    tensors["0.segments"][:, 1, 0] -= 8
+    tensors["0.segments"][:, 1, 2] += 8
+    tensors["0.lengths"][..., 0] -= 8
+    for name in ("plain_keys", "plain_values"):
+        tensors[f"0.{name}"] = torch.nn.functional.pad(tensors[f"0.{name}"], (0, 0, 0, 16))
+    tensors["0.positions"] = torch.nn.functional.pad(tensors["0.positions"], (0, 16))
+
+
+HOSTILE_PAIRS: list[tuple[str, Callable[[Tensors, dict[str, Any]], None], str]] = [
+    ("twice", _add_shared, "layer 1: packed_keys belong to the layer below"),
+    (
+        "segments of the upper",
+        lambda t, _: t.update({"1.segments": t["0.segments"].clone()}),
+        "belong to the layer",
+    ),
+    ("other places", _swap_positions, "layer 1: it holds other tokens than the layer below"),
+    ("other token", _set("1.positions", (0, -1), 0), "'positions' repeat|other tokens than the layer below"),
+    ("fewer", _set("1.lengths", (0, 0, 1), 5), "layer 1: 'lengths' are not those of"),
+    ("other parts", _other_parts, "layer 0: '.*' is|'segments' are not those of|'lengths' are not those"),
+    ("NaN factor", _set("0.factors", (0, 0, 0), float("nan")), "layer 0: keys or values are not finite"),
+    ("infinite factor", _set("1.factors", (1, 0, 1), float("inf")), "layer 1: keys or values are not finite"),
+    ("no factors", _drop("1.factors"), "layer 1: no tensor 'factors'"),
+    ("factors of one", _replace("1.factors", lambda t: t[..., :1]), "layer 1: 'factors' is"),
+    ("nothing shared", _drop("0.packed_values"), "layer 0: no tensor 'packed_values'"),
+    ("limit", _set("1.limit", (0, 0), 23), "'lengths' are not those|'limit'"),
+    ("not merged", _header("spec", "h2o_b24+int4_g8_r8"), "layer 0: 'factors' is"),
+    ("more retained", _header("spec", "h2o_b24+minicache_k90+int4_g8_r8"), "'segments' are not those of"),
+    (
+        "budgets apart",
+        _header("spec", "h2o_b24+pyramid+minicache+int4_g8_r8"),
+        "'pyramid' gives the two layers",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [case[1:] for case in HOSTILE_PAIRS], ids=[case[0] for case in HOSTILE_PAIRS]
+)
+def test_tampered_pairs_are_refused(
+    change: Callable[[Tensors, dict[str, Any]], None], says: str, tmp_path: Path
+) -> None:
+    model, path = tiny_llama(), tmp_path / "state"
+    cache = Cache(model, "h2o_b24+minicache_k0+int4_g8_r8")
+    run_forced(model, cache, random_ids(2, 40), random_ids(2, 20))
+    cache.save(path)
+    tensors = load_file(path)
+    assert not {"1.packed_keys", "1.packed_values", "1.key_scale", "1.value_scale", "1.segments"} & set(
+        tensors
+    )
     with safe_open(path, framework="pt") as opened:
         header = json.loads(opened.metadata()["kvopt.cache"])
     change(tensors, header)

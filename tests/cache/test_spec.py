@@ -13,6 +13,7 @@ from kvopt.cache import (
     CacheSpec,
     Codec,
     MebibyteBudget,
+    Merge,
     PercentBudget,
     Policy,
     Sink,
@@ -45,6 +46,11 @@ from kvopt.cache.policies import POLICIES
         ("full+int8_g128", "full+int8_g128"),
         ("full+fp8", "full+fp8"),
         ("tova_p20+int2_g16", "tova_p20+int2_g16"),
+        ("full+minicache", "full+minicache"),
+        ("full+int4+minicache_k5_t60", "full+minicache+int4"),
+        ("h2o_b64+minicache_t0_k0+ada", "h2o_b64+ada+minicache_k0_t0"),
+        ("window_b64+fp8_r8+minicache_k100", "window_b64+minicache_k100+fp8_r8"),
+        ("full+minicache_r64_t50", "full+minicache_t50_r64"),
     ],
 )
 def test_parse_and_str_are_inverse(text: str, canonical: str) -> None:
@@ -58,12 +64,26 @@ def test_objects_and_string_agree() -> None:
     whole = CacheSpec(SnapKV(), TokenBudget(64), Allocator(pyramid=True, ada=True), Codec("int4", 32, 128))
     assert whole == CacheSpec.parse("snapkv_b64+int4_r128+ada+pyramid")
     assert str(whole) == "pyramidkv_b64+ada+int4_r128"
+    merged = CacheSpec(SnapKV(), TokenBudget(64), codec=Codec("fp8"), merge=Merge(10, 50))
+    assert merged == CacheSpec.parse("snapkv_b64+minicache_k10_t50+fp8")
+    for wrong in ((-1, 60), (101, 60), (5, -1), (5, 101), (5, 60, -1)):
+        with pytest.raises(ValueError, match=r"minicache: k and t are per cent, 0…100, .* got k"):
+            Merge(*wrong)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("full+minicache", "'minicache' is not available in this version"),
+        ("full+minicache+minicache_k3", "'minicache' is given twice"),
+        ("full+minicache_k101", "'k101' must be k0…k100"),
+        ("full+minicache_t101", "'t101' must be t0…t100"),
+        ("full+minicache_t", "'t' must be t0…t100"),
+        ("full+minicache_g32", "unknown setting of 'minicache' 'g'; possible: k, r, t"),
+        ("h2o_b64+pyramid+minicache", "'pyramid' gives the two layers of a pair different budgets"),
+        ("pyramidkv_b64+minicache", "'pyramid' gives the two layers of a pair different budgets"),
+        ("minicache_k5", "'minicache_k5': 'minicache' is no policy and comes behind one"),
+        ("full+minicahce", "did you mean 'minicache'"),
+        ("full+ada+minicache", "there is nothing for 'ada'"),
         ("int4", "'int4' is no policy and comes behind one, as in 'h2o_b512\\+int4'"),
         ("ada_b64", "'ada' is no policy"),
         ("sink_b64+ada", "'ada' compares heads, but 'sink' keeps the same"),

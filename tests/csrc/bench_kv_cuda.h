@@ -100,8 +100,18 @@ class BenchLayer {
             .out = out_.get()};
   }
   KvAppendParams append(KvOrder order, bool shared) const {
-    return {store_, key_, value_, position_.get(), 1,    nullptr, 0.5f, nullptr, 1,
-            order,  4,    64,     shared,          false};
+    return {{.position = position_.get(),
+             .position_heads = 1,
+             .victim_heads = 1,
+             .order = order,
+             .first = 4,
+             .recent = 64,
+             .shared = shared},
+            store_,
+            key_,
+            value_,
+            nullptr,
+            0.5f};
   }
 
  private:

@@ -1,5 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decode attention on CUDA against sums in fp64 over what the slots stand for.
+// Decode attention on CUDA against sums in fp64 over what the slots stand for, and how far each
+// number may be off, for all inputs. u: unit roundoff of the model's 16-bit type. |q||k|: a sum of
+// magnitudes, an integer code times its scale and the minimum apart.
+//
+//   logits    tensor cores cut bits below 2^-23 of the largest of 16 products and the sum before,
+//             twice at most: 2^-22 (4 + D / 16) |q||k| scale; fp32 has fewer roundings of 2^-24.
+//             Integer codecs: a query's number times a channel's scale is one in fp16, 2^-11 of
+//             |q| |code scale|, or 2^-25 of the largest code where it is subnormal (shifted, so
+//             that 2^-17 is more in every codec). A turned query is two numbers of the operand's
+//             type: u^2 |q||k|. Products with scales and factors, the difference to the largest,
+//             the exponential and a run's change of it: 2^-22 (8 + |logit| + |largest|).
+//   weights   off by the difference of two logits' errors, twice the worst at most.
+//   output    16 bits: a weight, a value made of codes, the output: u each of sum p |value|, and
+//             2^-28 of |value| for a weight that is subnormal; fp32: a random walk, 4e-6.
 #pragma once
 
 #include "kv_cuda_fixture.h"
@@ -78,15 +91,18 @@ inline void check_attention(Random& random, int64_t most_tokens) {
   expect(std::memcmp(second.data(), got_scores.data(), second.size() * sizeof(float)) == 0,
          name + ": scores of the second run differ");
   const bool narrow = s.type != KvType::kFloat32;
-  // Weights and values in 16 bits, two roundings each, and the output's own.
-  const double roundoff = narrow ? 4 * unit_roundoff(as_dtype(s.type)) : 4e-6;
+  const double unit = unit_roundoff(as_dtype(s.type));
+  const double roundoff = narrow ? 3.01 * unit : 4e-6;
   double worst = 0, worst_score = 0;
   std::vector<float> want_scores = layer.scores;
   for (int64_t row = 0; row < s.rows; ++row) {
     for (int64_t head = 0; head < s.heads; ++head) {
       const int n = layer.filled(row, head);
       std::vector<double> total(n, 0.0), largest(n, 0.0);
-      double score_slack = 0;
+      double score_slack = 0, factor = 1;
+      for (const float f : layer.factors) {
+        if (std::isfinite(f)) factor = std::max(factor, std::fabs(static_cast<double>(f)));
+      }
       std::vector<std::vector<double>> keys(n), values(n), roundings(n);
       for (int i = 0; i < n; ++i) {
         keys[i] = read_slot(layer, row, head, i, false, &roundings[i]);
@@ -97,20 +113,29 @@ inline void check_attention(Random& random, int64_t most_tokens) {
         const std::vector<double> straight(queries[q_at].begin(), queries[q_at].end());
         const auto turned = turns ? turned_back(queries[q_at], gap[row], frequencies) : straight;
         std::vector<double> weights(n);
-        double most = -INFINITY, sum = 0, slack = 2e-5;
+        double most = -INFINITY, sum = 0, slack = 0, largest_logit = 0;
         for (int i = 0; i < n; ++i) {
           const bool early = turns && layer.positions[layer.at(row, head, i)] < first;
           const auto& q = early ? turned : straight;
-          double logit = 0, rounding = 0;
+          double logit = 0, rounding = 0, magnitude = 0, subnormal = 0;
           for (int64_t d = 0; d < s.dim; ++d) {
             logit += q[d] * keys[i][d];
-            rounding += std::fabs(q[d]) * roundings[i][d];
+            const double product = std::fabs(q[d]) * roundings[i][d];
+            rounding += product;
+            if (product < 0x1p-6 * factor) subnormal += std::min(product, 0x1p-17 * factor);
+            magnitude += std::fabs(q[d] * keys[i][d]);
           }
+          magnitude += 2 * rounding;  // |minimum| is at most |key| + |code scale|
           weights[i] = logit * scale;
           most = std::max(most, weights[i]);
-          // A query's number times a channel's scale is one in fp16.
-          if (narrow) slack = std::max(slack, 2e-5 + rounding * scale * 0x1p-11);
+          largest_logit = std::max(largest_logit, std::fabs(weights[i]));
+          const double sums = 0x1p-22 * (4 + static_cast<double>(s.dim) / 16) * magnitude;
+          const double operands =
+              narrow ? 0x1.01p-11 * rounding + subnormal + (early ? unit * unit * magnitude : 0)
+                     : 0;
+          slack = std::max(slack, scale * (sums + operands));
         }
+        slack += 0x1p-22 * (8 + 2 * largest_logit);
         for (auto& w : weights) sum += w = std::exp(w - most);
         for (int i = 0; i < n; ++i) {
           weights[i] /= sum;
@@ -119,13 +144,15 @@ inline void check_attention(Random& random, int64_t most_tokens) {
         }
         score_slack = std::max(score_slack, slack);
         for (int64_t d = 0; d < s.dim; ++d) {
-          double want = 0, size = 0;
+          double want = 0, size = 0, values_size = 0;
           for (int i = 0; i < n; ++i) {
             want += weights[i] * values[i][d];
             size += weights[i] * std::fabs(values[i][d]);
+            values_size += std::fabs(values[i][d]);
           }
           const double v = load(as_dtype(s.type), got.data(), q_at * s.dim + d);
-          const double error = std::fabs(v - want) / ((roundoff + 2 * slack) * size + 1e-7);
+          const double error =
+              std::fabs(v - want) / ((roundoff + 2 * slack) * size + 0x1p-28 * values_size + 1e-7);
           worst = std::isnan(error) ? INFINITY : std::max(worst, error);
         }
       }

@@ -226,6 +226,26 @@ inline std::vector<double> read_slot(const Layer& layer, int64_t row, int64_t he
   return out;
 }
 
+// Plain tokens behind the segment's new end take the slots that `leaving` leave below it.
+inline void close_gaps(Layer& layer, int64_t row, int64_t head, const std::vector<int>& leaving) {
+  const int32_t* place = layer.place(row, head);
+  const int rest = layer.length(row, head)[1] - static_cast<int>(leaving.size());
+  const auto leaves = [&](int i) {
+    return std::find(leaving.begin(), leaving.end(), i) != leaving.end();
+  };
+  for (int hole = 0, mover = rest; hole < rest; ++hole) {
+    if (!leaves(hole)) continue;
+    while (leaves(mover)) ++mover;
+    for (const bool v : {false, true}) {
+      layer.set_plain(v, row, place[2] + hole, layer.plain(v, row, place[2] + mover));
+    }
+    const int64_t from = layer.plain_at(row, place[2] + mover);
+    layer.note(layer.plain_at(row, place[2] + hole), layer.positions[from],
+               layer.scores.empty() ? 0 : layer.scores[from]);
+    ++mover;
+  }
+}
+
 struct Append {
   KvAppendParams p{};
   Vectors keys, values;  // per segment
@@ -233,11 +253,12 @@ struct Append {
   std::vector<float> token_score;
 };
 
-inline int lowest_slot(const Append& a, const std::vector<float>& scores,
+// Of a segment that holds `capacity` tokens.
+inline int lowest_slot(const KvVictimRule& p, int64_t capacity, const std::vector<float>& scores,
                        const std::vector<int32_t>& positions, int32_t newest) {
-  const KvAppendParams& p = a.p;
+  const int64_t recent = p.recent == kKvHalf ? (capacity + 1) / 2 : p.recent;
   const auto eligible = [&](int level, int32_t position) {
-    return level == 2 || (position >= p.first && (level == 1 || position <= newest - p.recent));
+    return level == 2 || (position >= p.first && (level == 1 || position <= newest - recent));
   };
   int level = 0;
   while (std::none_of(positions.begin(), positions.end(),
@@ -279,7 +300,8 @@ inline void append(Layer& layer, const Append& a) {
         }
         positions[i] = layer.positions[layer.at(row, 0, i)];
       }
-      if (n > 0) common = lowest_slot(a, total, positions, a.position[row]);
+      const int32_t* first = layer.place(row, 0);
+      if (n > 0) common = lowest_slot(p, first[1] + first[3], total, positions, a.position[row]);
     }
     for (int64_t h = 0; h < s.heads; ++h) {
       const int64_t segment = layer.segment(row, h);
@@ -321,20 +343,7 @@ inline void append(Layer& layer, const Append& a) {
           order.resize(group);
           to_packed(place[0] + length[0], order, false);
           const int rest = place[3] - group;
-          const auto leaves = [&](int i) {
-            return std::find(order.begin(), order.end(), i) != order.end();
-          };
-          for (int hole = 0, mover = rest; hole < rest; ++hole) {
-            if (!leaves(hole)) continue;
-            while (leaves(mover)) ++mover;
-            for (const bool v : {false, true}) {
-              layer.set_plain(v, row, place[2] + hole, layer.plain(v, row, place[2] + mover));
-            }
-            const int64_t from = layer.plain_at(row, place[2] + mover);
-            layer.note(layer.plain_at(row, place[2] + hole), layer.positions[from],
-                       layer.scores.empty() ? 0 : layer.scores[from]);
-            ++mover;
-          }
+          close_gaps(layer, row, h, order);
           slot = rest;
           length[0] += group;
           length[1] = rest + 1;
@@ -351,7 +360,7 @@ inline void append(Layer& layer, const Append& a) {
             scores.push_back(layer.scores.empty() ? static_cast<float>(positions.back())
                                                   : layer.scores[layer.at(row, h, i)]);
           }
-          index = lowest_slot(a, scores, positions, newest);
+          index = lowest_slot(p, place[1] + place[3], scores, positions, newest);
         }
         if (index >= length[0]) {
           slot = index - length[0];

@@ -9,6 +9,7 @@
 
 #include "bench_kv_cuda.h"
 #include "check_kv_attention_cuda.h"
+#include "check_kv_merge_evict_cuda.h"
 
 namespace kvopt::test {
 namespace {
@@ -150,7 +151,7 @@ void check_append(Random& random) {
   p.new_score = 0.5f;
   p.order = random.below(3) == 0 ? KvOrder::kOldest : KvOrder::kLowestScore;
   p.first = static_cast<int32_t>(random.below(3) * 4);
-  p.recent = static_cast<int32_t>(random.below(4) == 0 ? 100000 : random.below(40));
+  p.recent = static_cast<int32_t>(random.below(4) == 0 ? 100000 : random.below(40) - 1);
   p.age = random.below(3) == 0;
   const DeviceLayer device(layer);
   const std::string name = "append " + name_of(shape) + (p.shared ? " shared" : "") +
@@ -380,6 +381,7 @@ int main_of(int argc, char** argv) {
     check_attention(random, quick ? 300 : i % 8 == 0 ? 3000 : 500);
     check_select(random);
     check_merge(random);
+    check_merge_evict(random);
   }
   std::printf("%d checks, %d failures\n", checks, failures);
   return failures == 0 ? 0 : 1;

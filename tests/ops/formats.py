@@ -115,12 +115,51 @@ def exact(
 
 
 def tolerance(format: WeightFormat) -> float:
-    """What fp32 results may be off, in norm, with activations in 16-bit class or beyond doubt.
+    """What fp32 results may be off of their :func:`sizes`, in norm, with activations in 16-bit class or beyond doubt.
 
-    1e-4 is the promise for many outputs. NF4 is 7.5e-5 off on the CPU, whose integer units know its book rounded to
+    1e-4 is the promise for many outputs. NF4 is 5e-5 off on the CPU, whose integer units know its book rounded to
     steps, and that figure varies over the few outputs of a test.
     """
     return 1.5e-4 if format.scheme == Scheme.NF4 else 1e-4
+
+
+def sizes(
+    x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, **options: Any
+) -> torch.Tensor:
+    """The root of the sum of the squares of each output's terms, fp64: what the error of its sum is in proportion to.
+
+    Over many outputs their norm is that of the product. Unlike it, it does not vanish where the terms of a few outputs
+    cancel. With SwiGLU, what errors of gate and up in proportion to their sizes make of the result: |silu'| < 1.1.
+    """
+    scale = options.get("input_scale")
+    v = x.double() if scale is None else x.double() * scale.double()
+    size = (v.square() @ weight.dequantize().double().square().T).sqrt()
+    if not options.get("swiglu"):
+        return size
+    before = {name: value for name, value in options.items() if name not in ("swiglu", "residual")}
+    gate, up = reference.split_swiglu(exact(x, weight, bias, **before))
+    of_gate, of_up = reference.split_swiglu(size)
+    return torch.hypot(torch.nn.functional.silu(gate) * of_up, 1.1 * of_gate * up)
+
+
+def check_product(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: QuantizedWeight,
+    bias: torch.Tensor | None,
+    at_least: float = 0.0,
+    **options: Any,
+) -> None:
+    """Asserts that ``y`` is the product, off in norm by no more than the tolerance and rounding each output once.
+
+    ``at_least``: how far it may be off in any case.
+    """
+    expected = exact(x, weight, bias, **options)
+    assert y.dtype == x.dtype and y.shape == expected.shape and torch.isfinite(y).all()
+    limits = torch.finfo(y.dtype)
+    rounding = (expected.abs() + limits.smallest_normal).norm().item() * limits.eps / 2
+    bound = rounding + tolerance(weight.format) * sizes(x, weight, bias, **options).norm().item()
+    assert (y.double() - expected).norm().item() <= max(bound, at_least)
 
 
 def fused(

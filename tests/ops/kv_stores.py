@@ -120,6 +120,29 @@ def random_store(codec, dtype, *, dim=None, rows=None, alike=False, scores=True,
     )
 
 
+def upper_of(lower):
+    """A second layer's store, which shares what the first one packs."""
+    own = ("lengths", "positions", "scores", "plain_keys", "plain_values", "factors")
+    return dataclasses.replace(lower, **{name: getattr(lower, name).clone() for name in own})
+
+
+def random_pair(codec, dtype, *, alike=False, scores=True, device="cpu"):
+    """Two empty ones that share what they pack, and how many of the newest tokens stay plain."""
+    rows, heads = random.randint(1, 3), random.randint(1, 3)
+    sizes = [0, 1, 5, 40, 70, 150]
+    capacities = [[random.choice(sizes) for _ in range(heads)] for _ in range(rows)]
+    if alike:
+        capacities = [[random.choice(sizes)] * heads] * rows
+    group = random.choice([8, 16, 32] if codec in CODE_BITS else [1, 1, 4])
+    residual = group * random.choice([1, 2]) + random.choice([0, 3])
+    plain = residual + random.choice([0, 1, 9])
+    dim = random.choice(DIMS)
+    lower = empty_store(
+        capacities, dim, codec, group, plain, dtype, scores=scores, factors=True, device=device
+    )
+    return lower, upper_of(lower), residual
+
+
 def random_tokens(store, count):
     """keys and values (B, H, count, D), with a constant channel and vectors of 0, and positions (B, 1, count)."""
     rows, heads = store.segments.shape[:2]

@@ -90,4 +90,6 @@ def test_double_quantisation_is_its_own_up_to_its_table(scheme):
     book = reference.dynamic_map().double()
     scaled = (absmax.flatten().double() - ours.offset) / ours.scale.repeat_interleave(256)[: absmax.numel()]
     distance = [(book[codes.long()] - scaled).abs() for codes in (ours.codes, state.absmax)]
-    assert (distance[0] <= distance[1] + 1e-7).all()
+    assert (
+        distance[0] <= distance[1] + 2.0**-21 * scaled.abs()
+    ).all()  # four roundings in fp32 on either side

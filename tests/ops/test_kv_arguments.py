@@ -7,22 +7,37 @@ import pytest
 import torch
 
 from kvopt import ops_kv
-from ops.kv_stores import CODECS, empty_store, fill
+from ops.kv_stores import CODECS, empty_store, fill, upper_of
 from ops.test_kv_quant import each_codec, each_device
 
 ops = torch.ops.kvopt
 
 
-def a_store(codec="int4", device="cpu"):
+OF_UPPER = ("lengths", "positions", "scores", "plain_keys", "plain_values", "factors")
+
+
+def a_store(codec="int4", device="cpu", factors=False):
     capacities = [[40, 24], [24, 40]]
     group, residual = (8, 8) if CODECS[codec] > 1 else (1, 4)
-    store = empty_store(capacities, 8, CODECS[codec], group, residual, torch.float32, device=device)
+    store = empty_store(
+        capacities, 8, CODECS[codec], group, residual, torch.float32, factors=factors, device=device
+    )
     fill(store, 30, counts=torch.full((2, 2), 20, dtype=torch.int32))
-    for name in ("scores", "plain_keys", "plain_values"):  # opcheck compares what NaN would not equal
+    for name in (
+        "scores",
+        "plain_keys",
+        "plain_values",
+        "factors",
+    ):  # opcheck compares what NaN would not equal
         getattr(store, name).nan_to_num_()
     for name in ("key_scale", "value_scale"):
         getattr(store, name).nan_to_num_()
     return store
+
+
+def a_pair(codec="int4", device="cpu"):
+    lower = a_store(codec, device, factors=True)
+    return lower, upper_of(lower)
 
 
 def token(device="cpu"):
@@ -47,6 +62,9 @@ def test_opcheck(device, codec):
     query = torch.randn(2, 6, 8, device=device)
     check(ops.kv_attention_decode.default, (query, *make(), 0.3, 1, 0, None, None))
     check(ops.kv_merge_pair.default, (x, x.flip(2).contiguous(), 0.6))
+    lower, upper = a_pair(codec, device)
+    own = [getattr(upper, name) for name in OF_UPPER]
+    check(ops.kv_merge_evict.default, (*lower.arguments(), *own, at, None, 1, 2, -1, False, True, 4, 0.6))
 
 
 def spoil(store, name, tensor):
@@ -120,7 +138,7 @@ def test_bad_tokens_are_refused(device):
     refused("position must have 2 dimensions, the second of size 1 or 2", key, value, at[0])
     refused("position must be int32", key, value, at.long())
     refused("order must be 0", key, value, at, order=2)
-    refused("recent must be 0 or more", key, value, at, recent=-1)
+    refused("recent must be -1 .*, or 0 or more .* got -2", key, value, at, recent=-2)
     refused("position must have shape", key, value, at.repeat(1, 2), shared=True)
     refused("victim must be int32", key, value, at, victim=at.float())
     refused("token_score must have shape", key, value, at, torch.zeros(2, device=device))
@@ -145,3 +163,75 @@ def test_bad_queries_are_refused(device):
     refused("frequencies must have", query, store, 1.0, gap=gap, frequencies=torch.ones(5, device=device))
     store.scores = torch.zeros(0, device=device)
     refused("scores must be kept", query, store, 1.0, update=1)
+
+
+@each_device
+@pytest.mark.parametrize(
+    ("layer", "name", "change", "message"),
+    [
+        (0, "lengths", lambda t: t.long(), "kv_merge_evict: lengths must be int32"),
+        (0, "factors", lambda t: t[:0, 0, 0], "kv_merge_evict: factors must be kept"),
+        (0, "group", lambda g: 0, "codec and group must be the lower store's"),
+        (1, "codec", lambda c: 1, "codec and group must be the lower store's"),
+        (1, "segments", lambda t: t.clone(), "segments must be the lower store's own"),
+        (1, "packed_keys", lambda t: t.clone(), "packed_keys must be the lower store's own"),
+        (1, "packed_values", lambda t: t.clone(), "packed_values must be the lower store's own"),
+        (1, "key_scale", lambda t: t.clone(), "key_scale must be the lower store's own"),
+        (1, "value_scale", lambda t: t.clone(), "value_scale must be the lower store's own"),
+        (1, "lengths", lambda t: t[:1], r"upper: lengths must have shape \(2, 2, 2\), got \(1, 2, 2\)"),
+        (1, "positions", lambda t: t[:, 1:].contiguous(), "upper: positions must have shape"),
+        (1, "scores", lambda t: t.double(), "upper: scores must be float32"),
+        (1, "scores", lambda t: t[0, :0], "upper: scores must be kept"),
+        (1, "plain_keys", lambda t: t.half(), "upper: plain_keys must have the dtype"),
+        (1, "plain_keys", lambda t: t[:, 1:].contiguous(), "upper: plain_keys must have shape"),
+        (1, "plain_values", lambda t: t[:, ::2], "upper: plain_values must"),
+        (1, "factors", lambda t: t[:, 1:].contiguous(), "upper: factors must have shape"),
+        (1, "factors", lambda t: t[:0, 0, 0], "upper: factors must be kept"),
+    ],
+)
+def test_a_bad_pair_is_refused(device, layer, name, change, message):
+    pair = a_pair(device=device)
+    spoil(pair[layer], name, change(getattr(pair[layer], name)))
+    with pytest.raises(RuntimeError, match=message):
+        ops_kv.kv_merge_evict(*pair, token(device)[2])
+
+
+def test_a_pair_that_differs_is_refused():
+    """Where the host can read it."""
+    pair = a_pair()
+    at = token()[2]
+    pair[1].lengths[1, 0, 1] -= 1
+    with pytest.raises(RuntimeError, match="upper: lengths: segment 0 of row 1 holds other tokens"):
+        ops_kv.kv_merge_evict(*pair, at)
+    pair[1].lengths = pair[0].lengths
+    with pytest.raises(RuntimeError, match="upper: lengths must be another tensor"):
+        ops_kv.kv_merge_evict(*pair, at)
+    lower, upper = a_pair("fp8")
+    lower.segments[0, 1] = torch.tensor([36, 20, 4, 0])
+    lower.lengths[0, 1] = upper.lengths[0, 1] = torch.tensor([20, 0])
+    with pytest.raises(RuntimeError, match="segments: beside packed slots there must be 1 plain ones, got 0"):
+        ops_kv.kv_merge_evict(lower, upper, at)
+
+
+@each_device
+def test_a_bad_rule_is_refused(device):
+    pair = a_pair(device=device)
+    at = token(device)[2]
+
+    def refused(message, *arguments, **options):
+        with pytest.raises(RuntimeError, match="kv_merge_evict: " + message):
+            ops_kv.kv_merge_evict(*pair, *arguments, **options)
+
+    refused("position must have 2 dimensions, the second of size 1 or 2", at[0])
+    refused("position must be int32", at.long())
+    refused("position must have shape", at.repeat(1, 2), shared=True)
+    refused("victim must be int32", at, victim=at.float())
+    refused("order must be 0", at, order=2)
+    refused("first must be 0 or more", at, first=-1)
+    refused("recent must be -1", at, recent=-2)
+    refused("residual must be 0 or more", at, residual=-1)
+    refused(r"t must be in \[0, 1\], got 1.5", at, t=1.5)
+    refused(r"t must be in \[0, 1\], got", at, t=float("nan"))
+    for store in pair:
+        store.scores = torch.zeros(0, device=device)
+    refused("scores must be kept", at, order=1)

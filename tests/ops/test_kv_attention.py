@@ -14,7 +14,7 @@ from kvopt import ops_kv, reference_kv
 from ops.kv_stores import CODECS, DIMS, QUERY_GROUPS, assert_same, empty_store, fill, random_store
 from ops.test_kv_quant import each_codec, each_device, each_dtype, skip_double_on
 
-# Of the output's rounding; sums are in float32.
+# In norm: twice the output's unit roundoff u (1.5 u in bfloat16), for sums in float32.
 BOUNDS = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float64: 1e-13}
 
 
@@ -25,7 +25,13 @@ def random_query(store, query_group):
 
 
 def has_16_bit_operands(x):
-    """On CUDA's tensor cores weights, values and scaled queries are rounded to 16 bits, sums are not."""
+    """On CUDA's tensor cores weights, values and scaled queries are rounded to 16 bits, sums are not.
+
+    Weights, values of integer codes and the output: at most u each, √3 u in norm as they are independent. An integer
+    codec's query times its channels' scales in fp16: a logit is off by a random sum of the channels' roundings, 3e-4
+    for normal keys, whose codes times scales are some 2.5, and so is a weight or score. Together 1e-3 with fp16, of
+    which BOUNDS times 3 is three times as much, and 4e-3 for the scores ten standard deviations.
+    """
     return x.is_cuda and x.dtype.itemsize == 2
 
 

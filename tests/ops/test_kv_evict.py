@@ -11,6 +11,7 @@ import torch
 
 from conftest import DEVICES
 from kvopt import ops_kv, reference_kv
+from kvopt.reference_kv_segment import HALF
 from ops.kv_stores import CODECS, assert_same, empty_store, fill, random_store
 from ops.test_kv_quant import each_codec, each_device, each_dtype, skip_double_on
 
@@ -39,7 +40,7 @@ def test_append_equals_reference(device, codec, dtype, shared):
         rule = (
             random.randrange(2),
             random.choice([0, 4]),
-            random.choice([0, 8, 1000]),
+            random.choice([0, 8, 1000, HALF]),
             shared,
             random.random() < 0.3,
         )
@@ -69,6 +70,12 @@ class Segment:
     def __init__(self, packed_capacity, plain_capacity, group):
         self.packed, self.plain = [], []
         self.packed_capacity, self.plain_capacity, self.group = packed_capacity, plain_capacity, group
+
+    @property
+    def half(self):
+        """The newer one of the slots."""
+        capacity = self.packed_capacity + self.plain_capacity
+        return capacity - capacity // 2
 
     def append(self, token, choose):
         if len(self.plain) < self.plain_capacity:
@@ -131,7 +138,7 @@ def test_append_equals_lists(device, codec, order, age):
     capacities = [[random.choice([0, 1, 7, 30, 45]) for _ in range(2)]]
     store = empty_store(capacities, 8, CODECS[codec], group, residual, torch.float32, device=device)
     expected = [Segment(n[1], n[3], group) for n in store.segments[0].tolist()]
-    first, recent = random.choice([(0, 0), (4, 0), (0, 5), (4, 8)])
+    first, recent = random.choice([(0, 0), (4, 0), (0, 5), (4, 8), (0, HALF)])
     vectors = {}
     for position in range(120):
         key = torch.randn(1, 2, 8, device=device)
@@ -141,10 +148,11 @@ def test_append_equals_lists(device, codec, order, age):
         ops_kv.kv_evict_append(store, key, -key, at, score, order=order, first=first, recent=recent, age=age)
         for head, segment in enumerate(expected):
 
-            def choose(tokens, position=position):
+            def choose(tokens, position=position, segment=segment):
                 if order == 0:
                     tokens = [(p, p) for p, _ in tokens]
-                return choose_by_score(tokens, position, first, recent, age and order == 1)
+                protected = segment.half if recent == HALF else recent
+                return choose_by_score(tokens, position, first, protected, age and order == 1)
 
             segment.append((position, score[0, head].item()), choose)
     here = store.to("cpu")

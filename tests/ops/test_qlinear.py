@@ -18,12 +18,12 @@ from ops.formats import (
     FORMATS,
     KINDS,
     arguments_of,
+    check_product,
     exact,
     fused,
     in_torch,
     int8_rows,
     make,
-    tolerance,
 )
 
 each_device = pytest.mark.parametrize("device", DEVICES)
@@ -46,17 +46,12 @@ def rows_for(
 def check(
     x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, activation_bits: int = 16
 ) -> None:
+    """16-bit types may be as far off as torch's own operators, which round the weights too, as CUDA's kernels do."""
+    torchs = 0.0
+    if x.dtype != torch.float32 and activation_bits == 16 and weight.format.scheme != Scheme.INT8_DYNAMIC:
+        torchs = (in_torch(x, weight, bias).double() - exact(x, weight, bias)).norm().item()
     y = fused(x, weight, bias, activation_bits=activation_bits)
-    assert y.dtype == x.dtype
-    error = relative_error(y, exact(x, weight, bias, activation_bits=activation_bits))
-    if x.dtype == torch.float32:
-        assert error <= tolerance(weight.format)
-        return
-    # One rounding of the result, 2^-9 or 2^-12 relative on average, is the least any kernel can have.
-    bound = 1.1 * torch.finfo(x.dtype).eps / 2
-    if activation_bits == 16 and weight.format.scheme != Scheme.INT8_DYNAMIC:
-        bound = max(bound, relative_error(in_torch(x, weight, bias), exact(x, weight, bias)))
-    assert error <= bound
+    check_product(y, x, weight, bias, torchs, activation_bits=activation_bits)
 
 
 @each_device

@@ -56,7 +56,8 @@ def check(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -
     unit = 0 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps / 2
     size = v.abs() @ dense.abs().T + 1e-6 + (0 if bias is None else bias.double().abs())
     larger = torch.maximum(part.abs(), (expected - part).abs())
-    allowed = 1.01 * unit * (larger + expected.abs()) + 2e-6 * size
+    subnormal = unit * torch.finfo(x.dtype).tiny  # half a step of the smallest numbers
+    allowed = 1.01 * unit * (larger + expected.abs()) + 2e-6 * size + subnormal
     assert torch.isfinite(y).all()
     assert ((y.double() - expected).abs() <= allowed).all()
 

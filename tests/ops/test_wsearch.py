@@ -60,19 +60,17 @@ def brute_force(
     low, high = min(w.min(), 0.0), max(w.max(), 0.0)
     magnitude = max(high, -low)
     best = np.inf
-    for p in np.linspace(1, smallest, steps + 1):
-        if symmetric and bits == 8:
-            pairs = [(magnitude / 127, 128), (2 * magnitude / 255, 128)]
-        elif symmetric:
-            pairs = [(2 * magnitude / top, 2 ** (bits - 1)), (2 * magnitude / (top - 1), 2 ** (bits - 1))]
+    for i in range(steps + 1):
+        p = 1 - (1 - smallest) * i / steps
+        if symmetric:
+            full = [2 * magnitude / top, magnitude / 127 if bits == 8 else 2 * magnitude / (top - 1)]
         else:
-            near = int(np.floor(-low / ((high - low) / top) + 1e-9))
-            pairs = [((high - low) / top, zero) for zero in range(near - 1, near + 3)]
-        for full, zero in pairs:
-            scale = float(np.float16(np.float32(p * full)))
-            zero = min(max(zero, 0), top)
-            q = np.clip(np.rint(w / scale) + zero, 0, top)
-            best = min(best, float((h * (scale * (q - zero) - w) ** 2).sum()))
+            full = [(high - low) / top]
+        for scale in (float(np.float16(np.float32(p * f))) for f in full):
+            near = np.floor(-low * p / scale)
+            for zero in [2 ** (bits - 1)] if symmetric else np.clip(np.arange(near - 1, near + 3), 0, top):
+                q = np.clip(np.rint(w / scale) + zero, 0, top)
+                best = min(best, float((h * (scale * (q - zero) - w) ** 2).sum()))
     return best
 
 
@@ -90,9 +88,8 @@ def test_search_finds_the_least_error_that_brute_force_finds(device, bits, schem
         for g in range(k // group):
             part = slice(g * group, (g + 1) * group)
             best = brute_force(w[row, part], h[part], bits, scheme == Scheme.SYMMETRIC, steps, smallest)
-            # A zero point may fall on the other side of a whole number than here, where it is computed from the scale
-            # as stored: then the candidates differ by one at an end. And the weights come back rounded to float32.
-            assert errors[row, g].item() == pytest.approx(best, rel=2e-2 if bits < 8 else 5e-2)
+            # The same candidates, and codes times a scale are exact in float32: what is left are sums in fp64.
+            assert errors[row, g].item() == pytest.approx(best, rel=1e-9)
 
 
 @each_device
@@ -108,9 +105,11 @@ def test_search_is_never_worse_than_rounding_to_nearest(device, bits, scheme):
 
     found = errors(ops.wsearch(weight, h, bits, group, scheme, 30, 0.4))
     nearest = errors(ops.wquant_rtn(weight, bits, group, scheme))
+    # Sums of 64 terms in fp32, whose differences from the weights are rounded once: 2 (64 + 3) 2^-24 between two.
     assert (found <= nearest * (1 + 1e-5)).all()
-    if bits < 8:
-        assert found.sum() < 0.97 * nearest.sum()
+    if bits < 8:  # group by group, as one outlier is most of the sum: 0.55 … 0.75 ± 0.02 here
+        some = nearest > 0
+        assert (found[some] / nearest[some]).mean() < 0.9
 
 
 def hqq_in_numpy(
@@ -151,19 +150,20 @@ def test_hqq_follows_its_equations(device, bits, k, group, beta):
     weight = torch.randn(n, k, device=device) * torch.logspace(-2, 1, n, device=device)[:, None]
     codes, scale, zero = ops.wsearch_hqq(weight, bits, group, Scheme.ASYMMETRIC, 20, beta, 1.01, 0.7)
     w = weight.cpu().numpy()
-    same = total = 0
+    other = 0
     for row in range(n):
         for g in range(reference.group_count(k, group)):
             part = slice(g * group, min((g + 1) * group, k))
-            q, s, z = hqq_in_numpy(w[row, part], bits, 20, beta, 1.01, 0.7)
+            values, found = w[row, part], np.float32(zero[row, g].item())
+            q, s, z = hqq_in_numpy(values, bits, 20, beta, 1.01, 0.7)
             assert scale[row, g].item() == s
-            total += 1
-            same += zero[row, g].item() == pytest.approx(z, rel=1e-3, abs=1e-3) and (
-                np.abs(codes[row, part].cpu().numpy() - q).max() <= (zero[row, g].item() != z)
-            )
-    assert (
-        same >= 0.95 * total
-    )  # a power or a sum may differ in its last bit and end the iterations elsewhere
+            own = np.rint(np.clip(values / np.float32(s) + found, 0, np.float32(2**bits - 1)))
+            assert np.array_equal(codes[row, part].cpu().numpy(), own)
+            errors = [np.abs(values - s * (c - m)).mean(dtype=np.float64) for c, m in ((own, found), (q, z))]
+            other += found != pytest.approx(z, rel=1e-3, abs=1e-3) and errors[0] != pytest.approx(errors[1])
+    # A power or a sum may differ in its last bit and end the iterations elsewhere, mostly at an equal error: one group
+    # in 10,000.
+    assert other <= 1
 
 
 @each_device

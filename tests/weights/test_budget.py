@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -57,19 +58,35 @@ def test_knapsack_is_exact(unit: int) -> None:
         assert size <= capacity and cost == pytest.approx(best, abs=1e-12)
 
 
-def test_knapsack_in_coarse_units_stays_within_the_capacity_and_near_the_bound(monkeypatch: Any) -> None:
-    """Beside the bound of the Lagrangian, which nothing that fits can be below."""
+def least_cost(tables: list[list[Option]], capacity: int, unit: int) -> float:
+    """Of all choices that fit: exact for sizes that are multiples of ``unit``."""
+    best = [0.0] * (capacity // unit + 1)
+    for options in tables:
+        best = [
+            min(
+                (best[c - o.nbytes // unit] + o.cost for o in options if o.nbytes <= c * unit),
+                default=math.inf,
+            )
+            for c in range(len(best))
+        ]
+    return best[-1]
+
+
+def test_knapsack_in_coarse_units_loses_at_most_what_rounding_the_sizes_takes(monkeypatch: Any) -> None:
+    """One size shares no unit with the others, so cells are coarse, and each size is rounded up by less than one."""
     monkeypatch.setattr(budget, "CELLS", 4096)
-    tables = some_tables(60, 9973)
-    tables[0][0] = Option("odd", 9974, tables[0][0].cost)  # no common unit
-    least = sum(min(o.nbytes for o in options) for options in tables)
-    capacity = least + 60 * 9973 * 2
-    bound = max(
-        sum(min(o.cost + price * o.nbytes for o in options) for options in tables) - price * capacity
-        for price in torch.logspace(-9, -2, 2000, dtype=torch.float64).tolist()
-    )
-    size, cost = cost_of(tables, allocate(tables, capacity))
-    assert size <= capacity and bound <= cost <= bound + 0.5
+    count, unit = 60, 9973
+    tables = some_tables(count, unit)
+    cost = tables[0][0].cost
+    below, above = ([[Option("odd", size, cost), *tables[0][1:]], *tables[1:]] for size in (unit, 2 * unit))
+    tables[0][0] = Option("odd", unit + 1, cost)
+    room = count * unit * 2
+    capacity = sum(min(o.nbytes for o in options) for options in tables) + room
+    cell = -(-room // 4096)
+    found, cost = cost_of(tables, allocate(tables, capacity))
+    assert found <= capacity
+    low, high = least_cost(below, capacity, unit), least_cost(above, capacity - count * cell, unit)
+    assert low - 1e-9 <= cost <= high + 1e-9
 
 
 # --- costs ---

@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +287,41 @@ def test_going_on_after_a_kill_gives_the_same_model_bit_for_bit(recipe, tmp_path
     again = build("llama-mha-bias")
     with pytest.raises(ValueError, match="another model"):
         run(again, recipe, windows, tmp_path)
+
+
+KILLED = """
+import os, signal, sys, torch
+from families import build
+import kvopt
+
+torch.set_num_threads(int(sys.argv[3]))
+torch.manual_seed(int(sys.argv[2]))
+model, windows, rows = build("llama"), torch.randint(3, 96, (11, 24)), []
+
+
+def done(row):
+    rows.append(row)
+    if len(rows) == 11:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+kvopt.quantize(model, "gptq_3bit_g16", calibration=windows, progress=done, seed=7, resume=sys.argv[1])
+"""
+
+
+def test_a_killed_process_is_taken_up(tmp_path):
+    seed = torch.initial_seed() % 2**31
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(seed), str(torch.get_num_threads())]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [file.name for file in tmp_path.glob("layer-*")] == ["layer-00000.safetensors"]
+    models = []
+    for folder in (tmp_path, None):
+        torch.manual_seed(seed)
+        models.append(build("llama"))
+        run(models[-1], "gptq_3bit_g16", torch.randint(3, 96, (11, 24)), folder)
+    assert same(*models)
 
 
 def test_going_on_without_data(tmp_path):

@@ -188,7 +188,7 @@ def test_hqq_needs_no_data_and_refuses_symmetry():
 
 
 def awq_candidates(weights: list[np.ndarray], group: int, absmean: np.ndarray) -> list[np.ndarray]:
-    """The paper's scales and the "duo" ones, in fp64, and the identity first."""
+    """The paper's scales and the "duo" ones, in fp64, such that 1 / s is a bfloat16, and the identity first."""
     shares = []
     for w in weights:
         parts = np.split(np.abs(w), range(group, w.shape[1], group), axis=1)
@@ -198,7 +198,8 @@ def awq_candidates(weights: list[np.ndarray], group: int, absmean: np.ndarray) -
     for i in range(20):
         r = i / 20
         for s in (absmean**r, absmean**r / (mean ** (1 - r) + 1e-4)):
-            found.append(s / np.sqrt(s.max() * s.min()))
+            inverse = torch.from_numpy(np.sqrt(s.max() * s.min()) / s)
+            found.append(1 / inverse.bfloat16().double().numpy())
     return found
 
 
@@ -224,10 +225,11 @@ def test_awq_finds_what_brute_force_finds(format):
     group = format.group_columns(k)
     listed = awq_candidates(plain, group, statistics.absmean.double().numpy())
     errors = [total(s) for s in listed]
-    # The scale is rounded to 1 / bfloat16, by 0.4 % at most, which changes some codes.
-    assert total(scale.double().numpy()) <= 1.05 * min(errors)
-    nearest = min(np.abs(np.log(scale.double().numpy() / s)).max() for s in listed)
-    assert nearest < 5e-3  # it is one of the candidates
+    # It is one of the candidates but for a column whose bfloat16 powers in fp32 put on the other side of a tie: 0.8 %
+    # in one column of 144, which may change its codes.
+    assert total(scale.double().numpy()) <= 1.01 * min(errors)
+    apart = min((np.abs(np.log(scale.double().numpy() / s)) for s in listed), key=np.max)
+    assert apart.max() < 8e-3 and (apart > 1e-6).sum() <= 2
     assert min(errors) < errors[0]
 
 
@@ -253,7 +255,8 @@ def test_awq_scales_are_exact_in_every_type_and_ignore_dead_inputs():
     assert solution.input_scale is not None
     assert torch.equal(solution.input_scale.bfloat16().float(), solution.input_scale)
     assert torch.equal(solution.input_scale.half().float(), solution.input_scale)
-    assert relative_error(solution.dequantize(INT3), w) < 0.3
+    nearest = output_error(quantize_to(w, INT3).dequantize() - w, Statistics.of(x)).sum()
+    assert output_error(solution.dequantize(INT3) - w, Statistics.of(x)).sum() < nearest  # 0.57 ± 0.05 of it
     with pytest.raises(ValueError, match="no weights"):
         awq.search([], INT3, Statistics.of(x))
 

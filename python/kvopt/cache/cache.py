@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,11 +15,12 @@ from transformers.cache_utils import Cache as TransformersCache
 from kvopt.cache import attention, hooks, persistence
 from kvopt.cache.architecture import read_architecture
 from kvopt.cache.layer import Layer
-from kvopt.cache.policies import DecodeRule, Full, Policy
+from kvopt.cache.pair import Pair
+from kvopt.cache.policies import DecodeRule, Full
+from kvopt.cache.prediction import budgeted_bytes, chunk_length, layer_budgets
 from kvopt.cache.rotary import Rotary, check_rotary
 from kvopt.cache.spec import CacheSpec
 from kvopt.cache.step import Rows, Step, check_padding, many_tokens, one_token
-from kvopt.cache.store import Shape, largest_parts
 
 
 class Cache(TransformersCache):  # type: ignore[misc]
@@ -50,6 +50,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
     Attributes:
         holds: the prompt is kept whole for now, because it will be read a second time.
         waiting: the layer whose attention is due.
+        pairs: of layers that are merged.
 
     Raises:
         TypeError: ``model`` is no transformers model.
@@ -58,26 +59,15 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def __init__(self, model: PreTrainedModel, spec: str | CacheSpec, prefill: str | int = "full") -> None:
         self.spec = CacheSpec.parse(spec)
-        if prefill != "full" and (isinstance(prefill, (str, bool)) or prefill < 1):
-            raise ValueError(
-                f"kvopt.Cache: prefill must be 'full' or a chunk length of 1 or more, got {prefill!r}"
-            )
-        self.chunk: int | None = None if isinstance(prefill, str) else prefill
-        if self.chunk is not None and self.spec.allocator.ada and self.spec.codec.packs:
-            raise ValueError(
-                f"kvopt.Cache: {str(self.spec)!r} with prefill={prefill}: 'ada' shares tokens out among heads when the "
-                f"whole prompt is known, {self.spec.codec.name!r} packs them for good after the first chunk; use "
-                "prefill='full', or leave one of the two out"
-            )
+        self.chunk = chunk_length(self.spec, prefill)
         self.architecture = arch = read_architecture(model)
         policy = self.spec.policy
         self.spec.codec.check(arch.head_dim, arch.model_type)
         self.rotary: Rotary | None = None
         if policy.sinks and arch.position_table is None:
             self.rotary = check_rotary(arch.base, arch.model_type)
-        computes = type(policy).scores_of is not Policy.scores_of
-        self.scored = policy.observation is not None or computes
-        self.rule = policy.decode or DecodeRule(new_score=None if computes else 0.0)
+        self.scored = self.spec.scored
+        self.rule = policy.decode or DecodeRule(new_score=None if policy.computes else 0.0)
         self.columns = 0
         self.rows = Rows(0, arch.base.device)
         self.step: Step | None = None
@@ -86,6 +76,10 @@ class Cache(TransformersCache):  # type: ignore[misc]
         self._prompt = False  # the prompt is being read
         self._budgets: list[list[int]] | None = None  # per layer and row
         super().__init__(layers=[Layer(self, index) for index in range(arch.layers)])
+        self.pairs: list[Pair] = []
+        if self.spec.merge is not None:
+            pairs = self.spec.merge.pairs_of(arch.layers, arch.model_type)
+            self.pairs = [Pair(self, self.layers[lower], self.layers[upper]) for lower, upper in pairs]
         if arch.base.config._attn_implementation != attention.NAME:
             model.set_attn_implementation(attention.NAME)
         hooks.attach(arch.base)
@@ -248,33 +242,12 @@ class Cache(TransformersCache):  # type: ignore[misc]
         if self.spec.budget is None:
             return
         lengths = valid.sum(dim=1).tolist()
+        arch, spec = self.architecture, self.spec
         budgets = self.spec.budget.per_row(
-            lengths, self.spec.minimum, lambda tokens: self._cost(tokens, lengths)
+            lengths, spec.minimum, lambda tokens: budgeted_bytes(arch, spec, tokens, lengths)
         )
         self.rows.limit(budgets)
-        self._budgets = self._per_layer(budgets, lengths)
-
-    def _per_layer(self, budgets: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        layers, least = self.architecture.layers, self.spec.minimum
-        rows = [
-            self.spec.allocator.per_layer(budget, layers, length, least)
-            for budget, length in zip(budgets, lengths, strict=True)
-        ]
-        return [list(layer) for layer in zip(*rows, strict=True)]
-
-    def _cost(self, budgets: Sequence[int], lengths: Sequence[int]) -> int:
-        """Bytes of the cache if its rows keep ``budgets`` tokens per KV head; an upper bound with ``ada``."""
-        arch, spec = self.architecture, self.spec
-        shape = Shape(len(budgets), arch.kv_heads, arch.head_dim, arch.dtype, spec.codec, self.scored)
-        known: dict[tuple[int, ...], int] = {}
-        total = 2 * 4 * len(budgets)  # Rows
-        for layer in self._per_layer(budgets, lengths):
-            key = tuple(layer)
-            if key not in known:
-                slots = largest_parts(layer, arch.kv_heads, spec.codec, uneven=spec.allocator.ada)
-                known[key] = shape.nbytes(*slots) + 4 * len(budgets) * arch.kv_heads
-            total += known[key]
-        return total
+        self._budgets = layer_budgets(spec, arch.layers, budgets, lengths)
 
     def _check(self, batch: int) -> None:
         if self.step is not None:
@@ -316,16 +289,16 @@ class Cache(TransformersCache):  # type: ignore[misc]
         self.columns = 0
         self.holds = self._prompt = False
         self.rows = Rows(0, self.architecture.base.device)
-        for layer in self.layers:
-            layer.reset()
+        for part in (*self.layers, *self.pairs):
+            part.reset()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps ``indices`` of the batch, in that order."""
         rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
         rows = rows.to(self.rows.count.device, torch.int64)
         self.rows.select(rows)
-        for layer in self.layers:
-            layer.select_rows(rows)
+        for part in (*self.layers, *self.pairs):
+            part.select_rows(rows)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row i continues what row ``beam_idx[i]`` was."""
@@ -363,11 +336,13 @@ class Cache(TransformersCache):  # type: ignore[misc]
         if not all(layer.store.reaches(count) for layer in self.layers):
             raise ValueError(
                 f"kvopt.Cache: {str(self.spec)!r} can't take back {remove} tokens, some of them are packed; the newest "
-                f"{self.spec.codec.residual - self.spec.codec.group + 1} never are"
+                f"{self.spec.never_packed} never are"
             )
         rows.count = count
         for layer in self.layers:
             layer.store.cut(count)
             layer.room += min(remove, rows.fewest)
+        for pair in self.pairs:
+            pair.recount()
         rows.fewest, rows.most = max(0, rows.fewest - remove), rows.most - remove
         self.columns -= remove

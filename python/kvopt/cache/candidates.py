@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,40 +46,61 @@ def joined(kept: Candidates, new: Candidates) -> Candidates:
     )
 
 
-def append_chosen(store: Store, candidates: Candidates, chosen: Tensor, most: int) -> None:
+def append_chosen(
+    stores: Sequence[Store],
+    candidates: Sequence[Candidates],
+    chosen: Tensor,
+    most: int,
+) -> None:
     """Adds the chosen new tokens one after another, in place of kept ones that leave. What is packed stays as it is.
 
     Args:
-        store: written; each segment has room for what was chosen for it, or was full.
-        candidates: of which :attr:`Candidates.old` lie in the store.
+        stores: written; of one layer, or of the two of a pair. Each segment has room for what was chosen for it, or was
+            full.
+        candidates: of each, of which :attr:`Candidates.old` lie in the store; in a pair the same tokens.
         chosen: (B, 1 or H, m) int32 indices of those that stay, n where there is none.
         most: at least as many as are chosen in any segment.
     """
-    old, order = candidates.old, candidates.order
+    one = candidates[0]
+    old, order = one.old, one.order
     assert order is not None
-    rows, heads, n, dim = candidates.keys.shape
+    rows, heads, n, dim = one.keys.shape
     stays = torch.zeros(rows, heads, n + 1, dtype=torch.bool, device=chosen.device)
     stays.scatter_(2, chosen.long().expand(-1, heads, -1), True)
     # In place of the scores, marks tell the operator who makes room. As many leave as enter once a segment is full.
     marks = torch.where(stays[:, :, :old], _STAYS, _LEAVES)
-    marks = store.scatter(torch.zeros_like(marks).scatter_(2, order, marks))
+    marks = stores[0].scatter(torch.zeros_like(marks).scatter_(2, order, marks))
     with torch.inference_mode(False):
-        marked = replace(store, scores=marks.clone())
+        marked = [replace(store, scores=marks.clone()) for store in stores]
     enters = stays[:, :, old:n]
     place = (~enters).int().argsort(dim=-1, stable=True)[:, :, : min(most, n - old)]
-    positions = candidates.positions[:, :, old:].expand(-1, heads, -1).gather(2, place)
+    positions = one.positions[:, :, old:].expand(-1, heads, -1).gather(2, place)
     positions = positions.masked_fill(~enters.gather(2, place), -1).permute(2, 0, 1).contiguous()
     at = place[..., None].expand(-1, -1, -1, dim)
-    keys, values = (
-        x[:, :, old:].gather(2, at).permute(2, 0, 1, 3).contiguous()
-        for x in (candidates.keys, candidates.values)
-    )
-    for key, value, position in zip(keys, values, positions, strict=True):
-        ops_kv.kv_evict_append(
-            marked, key, value, position, new_score=_ENTERS, order=reference_kv.LOWEST_SCORE
-        )
-    if store.shape.scored and candidates.scores is not None:
-        _write_scores(store, candidates.positions.expand(-1, heads, -1), candidates.scores)
+    vectors = [
+        [x[:, :, old:].gather(2, at).permute(2, 0, 1, 3).contiguous() for x in (part.keys, part.values)]
+        for part in candidates
+    ]
+    merge = stores[0].shape.merge
+    for step, position in enumerate(positions):
+        if merge is not None:
+            lower, upper = marked
+            ops_kv.kv_merge_evict(
+                *(lower, upper),
+                position,
+                order=reference_kv.LOWEST_SCORE,
+                residual=merge.residual(stores[0].shape.codec),
+                t=merge.share,
+            )
+        for store, (keys, values) in zip(marked, vectors, strict=True):
+            ops_kv.kv_evict_append(
+                *(store, keys[step], values[step], position),
+                new_score=_ENTERS,
+                order=reference_kv.LOWEST_SCORE,
+            )
+    for store, part in zip(stores, candidates, strict=True):
+        if store.shape.scored and part.scores is not None:
+            _write_scores(store, part.positions.expand(-1, heads, -1), part.scores)
 
 
 def _write_scores(store: Store, positions: Tensor, scores: Tensor) -> None:

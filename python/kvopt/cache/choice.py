@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,15 @@ def priorities(policy: Policy, tokens: Tokens) -> Tensor:
             f"expected {tuple(expected)} (batch, heads, tokens)"
         )
     return priority.nan_to_num(nan=torch.inf) if priority.is_floating_point() else priority
+
+
+def together(found: Sequence[Tensor]) -> Tensor:
+    """The sum of several layers' priorities, (B, G, n); NaN counts as infinity."""
+    total = found[0]
+    for priority in found[1:]:
+        whole = not (total.is_floating_point() or priority.is_floating_point())
+        total = total.long() + priority if whole else (total + priority).nan_to_num(nan=torch.inf)
+    return total
 
 
 def best(priority: Tensor, present: Tensor, counts: Tensor, most: int) -> Tensor:

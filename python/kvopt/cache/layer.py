@@ -3,12 +3,14 @@
 
 transformers calls :meth:`Layer.update` with new keys and values, which hands them on to the attention; there, where the
 queries are known as well, :meth:`Layer.attend` does the rest. A decoded token is two operators: ``kv_evict_append`` and
-``kv_attention_decode``. Several tokens are attended, scored, chosen from and packed.
+``kv_attention_decode``; in a pair of merged layers (:mod:`kvopt.cache.pair`), ``kv_merge_evict`` before. Several tokens
+are attended, scored, chosen from and packed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,12 +21,13 @@ from kvopt import ops_kv
 from kvopt.cache import attention, choice
 from kvopt.cache.candidates import Candidates, append_chosen, joined
 from kvopt.cache.codecs import Codec
-from kvopt.cache.policies import HALF, Tokens
+from kvopt.cache.policies import Tokens
 from kvopt.cache.step import Step
 from kvopt.cache.store import Shape, Store
 
 if TYPE_CHECKING:
     from kvopt.cache.cache import Cache
+    from kvopt.cache.pair import Pair
 
 Attention = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """Query (B, Hq, q, D), keys and values (B, H, n, D) and a mask to (B, q, Hq, D), as transformers' ``sdpa`` does it."""
@@ -34,11 +37,15 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     """The tokens of one decoder layer.
 
     Attributes:
+        index: of the layer.
         store: their memory; None before the first forward.
         limit: (B, H) int32, how many tokens each KV head may keep; None without a limit.
+        capacities: the same, on the CPU.
         narrowest, widest: bounds of ``limit``.
         room: how many tokens still fit into every segment of a store that grows, at least.
         observed: (B, H, n) float32, what the second reading of a prompt has scored so far.
+        merged: the pair that this layer is merged in, if any.
+        held: of a pair's lower layer, what is to be chosen from once the upper one has come.
     """
 
     is_sliding = False
@@ -46,15 +53,28 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, cache: Cache, index: int) -> None:
         super().__init__()
         self._cache = cache
-        self._index = index
+        self.index = index
+        self.merged: Pair | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything and frees the memory."""
         self.store: Store | None = None
         self.limit: Tensor | None = None
+        self.capacities: Tensor | None = None
         self.narrowest = self.widest = self.room = 0
         self.observed: Tensor | None = None
+        self.held: Candidates | None = None
+
+    @property
+    def pair(self) -> Pair | None:
+        """The pair whose tokens are chosen and packed together; None while the prompt is held whole."""
+        return None if self._cache.holds else self.merged
+
+    @property
+    def members(self) -> Sequence[Layer]:
+        """The layers that keep the same tokens: this one, or both of its pair."""
+        return (self,) if self.pair is None else self.pair.layers
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -66,7 +86,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
                 "kvopt.Cache: used by a model it was not made for; kvopt.Cache(model, ...) makes one"
             )
         cache.check_attended()
-        cache.waiting = self._index
+        cache.waiting = self.index
         attention.hand_over(self, key_states)
         return key_states, value_states
 
@@ -108,13 +128,12 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def _decode(self, step: Step, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         policy, rule = self._cache.spec.policy, self._cache.rule
-        recent = rule.recent
-        if recent == HALF and self.narrowest == self.widest:
-            recent = self.widest - self.widest // 2
         victim = token_score = None
-        if policy.grows:
+        if self.pair is not None:
+            self.pair.make_room(self, step)
+        elif policy.grows:
             self._reserve(1)
-        elif step.most > self.narrowest and (policy.decode is None or recent == HALF):
+        elif policy.decode is None and step.most > self.narrowest:
             victim = self._victim(step)
         if rule.new_score is None:
             new = Candidates(key, value, step.positions[:, None])
@@ -133,7 +152,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
                 rule.new_score or 0.0,
                 victim,
             ),
-            *(rule.order, rule.first, max(recent, 0), rule.shared, rule.age),
+            *(rule.order, rule.first, rule.recent, rule.shared, rule.age),
         )
         gap, rotary = self._gap(step), self._cache.rotary
         if gap is None or rotary is None:
@@ -146,11 +165,9 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     def _victim(self, step: Step) -> Tensor:
         """(B, 1 or H) int32: who makes room, where the compiled rule can't say it."""
         policy, store = self._cache.spec.policy, self.store
-        assert store is not None and self.limit is not None
+        assert store is not None
         positions = store.gather(store.positions, store.widest, -1)
         scores = store.gather(store.scores, store.widest, 0.0) if store.shape.scored else None
-        if policy.decode is not None:
-            return choice.lowest_by_rule(policy.decode, positions, scores, step.newest, self.limit)
         # A policy that looks at positions only is shown no keys.
         seen = store.read_slots(store.widest) if not policy.positions_only else (store.plain_keys,) * 2
         tokens = self._tokens(step, Candidates(*seen, positions), scores)
@@ -171,7 +188,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     ) -> Tensor:
         """Several tokens on a cache that is not empty: they see all that is kept, and each other causally."""
         assert step.mask is not None
-        kept = self._kept(step)
+        kept = self.kept(step)
         attended = torch.cat([self._turned(step, kept), key], dim=2)
         candidates = joined(kept, Candidates(key, value, step.positions[:, None]))
         visible = (kept.positions >= 0)[:, :, None]
@@ -188,7 +205,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
             self._compress(step, candidates)
         return output
 
-    def _kept(self, step: Step) -> Candidates:
+    def kept(self, step: Step) -> Candidates:
         """What is kept, in the order of positions."""
         store = self.store
         assert store is not None
@@ -233,7 +250,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         assert step is not None and store is not None and self.observed is not None
         observation = self._cache.spec.policy.observation
         assert observation is not None
-        kept = self._kept(step)
+        kept = self.kept(step)
         scores = observation.finish(self.observed, kept.positions, step.newest)
         self.store = self.observed = None
         self._begin(kept.keys.shape[1])
@@ -272,42 +289,60 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         keys = values = None
         if not policy.positions_only:
             keys, values = candidates.keys, candidates.values
-        layer = 0 if policy.positions_only else self._index
+        layer = 0 if policy.positions_only else self.index
         return Tokens(positions, keys, values, layer, scores=scores, newest=step.newest, capacity=limit)
 
     def _compress(self, step: Step, candidates: Candidates) -> None:
         """Chooses what stays of the candidates and makes it the content of the store."""
-        cache, heads = self._cache, candidates.keys.shape[1]
-        present = candidates.positions >= 0
-        free = self.limit is None or (cache.spec.policy.grows and not step.prompt)
-        if free or step.most <= self.narrowest:
-            counts = present.sum(dim=-1, dtype=torch.int32)
-            chosen = choice.everything(present, step.most)
-        else:
-            chosen, counts = self._choose(step, candidates, present)
-        counts = counts.expand(-1, heads).contiguous()
+        if self.pair is not None:
+            self.pair.compress(self, step, candidates)
+            return
+        chosen, counts, free = self.choose(step, [candidates])
         if free and self.store is not None:
             self._reserve(step.new)
-        if self.store is not None and self.store.shape.codec.packs:
-            append_chosen(self.store, candidates, chosen, step.new if free else self.widest)
+        if self.store is not None and self.store.shape.packs:
+            append_chosen([self.store], [candidates], chosen, step.new if free else self.widest)
         else:
             self._pack(step, candidates, chosen.contiguous(), counts)
         if not free:
             self.room = max(0, self.narrowest - step.most)
 
-    def _choose(self, step: Step, candidates: Candidates, present: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, step: Step, parts: Sequence[Candidates]) -> tuple[Tensor, Tensor, bool]:
+        """Which of the candidates stay.
+
+        Args:
+            step: the forward.
+            parts: the candidates of each of :attr:`members`, the same tokens.
+
+        Returns:
+            Indices as :func:`choice.best` gives them, their counts (B, H) int32, and whether all stay because there is
+            no limit to them.
+        """
+        candidates = parts[0]
+        present = candidates.positions >= 0
+        free = self.limit is None or (self._cache.spec.policy.grows and not step.prompt)
+        if free or step.most <= self.narrowest:
+            counts = present.sum(dim=-1, dtype=torch.int32)
+            chosen = choice.everything(present, step.most)
+        else:
+            chosen, counts = self._choose(step, parts, present)
+        return chosen, counts.expand(-1, candidates.keys.shape[1]).contiguous(), free
+
+    def _choose(self, step: Step, parts: Sequence[Candidates], present: Tensor) -> tuple[Tensor, Tensor]:
         """As :func:`choice.best` gives it, with the counts, (B, 1 or H) int32."""
         spec = self._cache.spec
         # What depends on positions alone is the same in every layer, unless the layers' capacities differ.
         share = spec.policy.positions_only and not spec.allocator.pyramid
         if share and step.chosen is not None:
             return step.chosen
-        priority = choice.priorities(spec.policy, self._tokens(step, candidates, candidates.scores))
+        priority = self.priority(step, parts)
         present = present.expand(priority.shape)
         # What is packed has its segments for good; Cache refuses to read a prompt in chunks then.
-        if spec.allocator.ada and step.prompt and (self.store is None or not spec.codec.packs):
-            budgets = torch.tensor(self._cache.budgets(self._index))
-            self._share_out(spec.allocator.per_head(priority, present, budgets, spec.policy.minimum))
+        if spec.allocator.ada and step.prompt and (self.store is None or not spec.packs):
+            budgets = torch.tensor(self._cache.budgets(self.index))
+            shares = spec.allocator.per_head(priority, present, budgets, spec.policy.minimum)
+            for member in self.members:
+                member._share_out(shares)
         assert self.limit is not None
         limit = self.limit[:, : priority.shape[1]]
         counts = torch.minimum(present.sum(dim=-1, dtype=torch.int32), limit)
@@ -316,37 +351,63 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
             step.chosen = result
         return result
 
+    def priority(self, step: Step, parts: Sequence[Candidates]) -> Tensor:
+        """(B, G, n): the policy's, summed over :attr:`members`, whose candidates ``parts`` are."""
+        policy = self._cache.spec.policy
+        asked = self.members[:1] if policy.positions_only else self.members
+        return choice.together(
+            [
+                choice.priorities(policy, member._tokens(step, part, part.scores))
+                for member, part in zip(asked, parts, strict=False)
+            ]
+        )
+
     def _begin(self, heads: int) -> None:
         """Gives each head its layer's budget, where there is one."""
-        budgets = self._cache.budgets(self._index)
+        budgets = self._cache.budgets(self.index)
         if budgets is not None:
             self._share_out(torch.tensor(budgets)[:, None].expand(-1, heads))
 
     def _share_out(self, capacities: Tensor) -> None:
         """Gives every segment its capacity, (B, H) integers on the CPU, and drops a store that has others."""
         self.store = None
-        self._capacities = capacities
+        self.capacities = capacities
         self.narrowest, self.widest = int(capacities.min()), int(capacities.max())
         with torch.inference_mode(False):
             self.limit = capacities.to(self._cache.rows.count.device, torch.int32)
 
     def _pack(self, step: Step, candidates: Candidates, chosen: Tensor, counts: Tensor) -> None:
         """Fills the store afresh; none of the candidates was packed so far."""
-        cache, keys = self._cache, candidates.keys
-        rows, heads, _, dim = keys.shape
         if self.store is None:
-            codec = Codec() if cache.holds else cache.spec.codec
-            if self.limit is None:  # without a limit, or held for the second reading
-                capacities = torch.full((rows, heads), codec.round_up(step.most))
-            else:
-                capacities = self._capacities
-            shape = Shape(rows, heads, dim, keys.dtype, codec, cache.scored and not cache.holds)
-            self.store = Store.allocate(shape, capacities, keys.device)
+            capacities = self.capacities
+            if self.limit is None or capacities is None:  # without a limit, or held for the second reading
+                codec = Codec() if self._cache.holds else self._cache.spec.codec
+                capacities = torch.full(counts.shape, codec.round_up(step.most))
             self.room = max(0, int(capacities.min()) - step.most)
+            self.allocate(candidates.keys, capacities)
+        store = self.store
+        assert store is not None
         ops_kv.kv_quant_pack(
-            *(self.store, keys, candidates.values, candidates.positions.contiguous()),
-            *(candidates.scores if self.store.shape.scored else None, chosen, counts),
+            *(store, candidates.keys, candidates.values, candidates.positions.contiguous()),
+            *(candidates.scores if store.shape.scored else None, chosen, counts),
         )
+
+    def allocate(self, keys: Tensor, capacities: Tensor, lower: Store | None = None) -> Store:
+        """An empty store.
+
+        Args:
+            keys: (B, H, n, D), of what is to be stored.
+            capacities: (B, H) integers on the CPU.
+            lower: the store of the layer that this one is merged with, if it is there already.
+        """
+        cache = self._cache
+        rows, heads, _, dim = keys.shape
+        codec = Codec() if cache.holds else cache.spec.codec
+        shape = Shape(rows, heads, dim, keys.dtype, codec, cache.scored and not cache.holds)
+        if self.pair is not None:
+            shape = replace(shape, merge=self.pair.merge)
+        self.store = Store.allocate(shape, capacities, keys.device, lower)
+        return self.store
 
     def _reserve(self, tokens: int) -> None:
         """Makes sure that so many tokens fit into every segment."""
@@ -358,9 +419,9 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         self.room -= tokens
 
     def select_rows(self, rows: Tensor) -> None:
-        """Keeps ``rows`` (int64) of the batch, in that order."""
+        """Keeps ``rows`` (int64) of the batch, in that order; of a pair the lower layer first."""
         if self.store is not None:
-            self.store = self.store.select_rows(rows)
+            self.store = self.store.select_rows(rows, None if self.pair is None else self.pair.below(self))
         if self.limit is not None:
             with torch.inference_mode(False):
                 self.limit = self.limit.index_select(0, rows)
@@ -368,6 +429,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     def tensors(self) -> list[Tensor]:
         """Every tensor this layer holds."""
         held = [] if self.store is None else list(self.store.tensors().values())
+        if self.held is not None:
+            held += [self.held.keys, self.held.values]
         return held + [tensor for tensor in (self.limit, self.observed) if tensor is not None]
 
     # What transformers asks of a layer.

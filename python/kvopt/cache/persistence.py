@@ -22,7 +22,7 @@ from kvopt.cache.budgets import TokenBudget
 from kvopt.cache.policies import Full
 from kvopt.cache.spec import CacheSpec
 from kvopt.cache.step import Rows
-from kvopt.cache.store import Shape, Store, lay_out
+from kvopt.cache.store import SHARED, Shape, Store, lay_out
 from kvopt.files import write_whole
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _LARGEST = 2**30  # of a position, so that the next ones are int32 as well
+_SHARED_ONCE = frozenset(SHARED)  # of two merged layers, written with the lower one
 
 
 def save(cache: Cache, path: str | os.PathLike[str]) -> None:
@@ -45,7 +46,10 @@ def save(cache: Cache, path: str | os.PathLike[str]) -> None:
     if cache.rows.budget is not None:
         tensors["budget"] = cache.rows.budget
     for index, layer in enumerate(cache.layers):
-        tensors |= {f"{index}.{name}": tensor for name, tensor in layer.store.tensors().items()}
+        known = _SHARED_ONCE if _lower(layer) is not None else ()
+        tensors |= {
+            f"{index}.{name}": tensor for name, tensor in layer.store.tensors().items() if name not in known
+        }
         if layer.limit is not None:
             tensors[f"{index}.limit"] = layer.limit
     header = {
@@ -120,6 +124,8 @@ def _tighten(cache: Cache) -> None:
         if layer.limit is not None:
             layer.narrowest, layer.widest = _range(layer.limit)
         layer.room = int((capacities - store.lengths.sum(-1)).min()) if cache.spec.policy.grows else 0
+    for pair in cache.pairs:
+        pair.recount()
 
 
 def _rebuild(
@@ -171,7 +177,13 @@ def _read_rows(spec: CacheSpec, header: dict[str, Any], tensors: dict[str, Tenso
 def _read_layer(cache: Cache, layer: Layer, rows: Rows, tensors: dict[str, Tensor], where: str) -> None:
     arch, spec = cache.architecture, cache.spec
     batch, heads = rows.count.shape[0], arch.kv_heads
-    shape = Shape(batch, heads, arch.head_dim, arch.dtype, spec.codec, cache.scored)
+    merge = None if layer.merged is None else layer.merged.merge
+    shape = Shape(batch, heads, arch.head_dim, arch.dtype, spec.codec, cache.scored, merge)
+    below = _lower(layer)
+    if below is not None:
+        twice = sorted(_SHARED_ONCE & set(tensors))
+        _check(not twice, f"{where}: {', '.join(twice)} belong to the layer below, which it is merged with")
+        tensors |= {name: tensor.cpu() for name, tensor in below.shared().items()}
     slots = []
     for name in ("packed_keys", "plain_keys"):
         tensor = tensors.get(name)
@@ -189,12 +201,30 @@ def _read_layer(cache: Cache, layer: Layer, rows: Rows, tensors: dict[str, Tenso
     _check_segments(store, where)
     _check_counts(cache.spec, store, rows, limit, where)
     _check_content(store, rows, alike=layer.alike, where=where)
+    if below is not None:
+        _check_pair(below, store, cache.layers[layer.index - 1].limit, limit, where)
     device = arch.base.device
     with torch.inference_mode(False):
         for name, tensor in store.tensors().items():
-            setattr(store, name, tensor.to(device, copy=True))
+            shared = below is not None and name in _SHARED_ONCE
+            setattr(store, name, getattr(below, name) if shared else tensor.to(device, copy=True))
         layer.limit = None if limit is None else limit.to(device, copy=True)
     layer.store = store
+
+
+def _lower(layer: Layer) -> Store | None:
+    """The store that a merged layer's own shares tensors with; None for any other layer."""
+    return None if layer.merged is None else layer.merged.below(layer)
+
+
+def _check_pair(lower: Store, upper: Store, limit: Tensor | None, own: Tensor | None, where: str) -> None:
+    """Two merged layers hold the same tokens in the same slots."""
+    n = int(upper.lengths.sum(-1).max())
+    same = torch.equal(lower.lengths.cpu(), upper.lengths) and torch.equal(
+        lower.gather(lower.positions, n, -1).cpu(), upper.gather(upper.positions, n, -1)
+    )
+    _check(same, f"{where}: it holds other tokens than the layer below, which it is merged with")
+    _check(own is None or torch.equal(own, torch.as_tensor(limit).cpu()), f"{where}: 'limit' is another one")
 
 
 def _check_segments(store: Store, where: str) -> None:
@@ -213,6 +243,9 @@ def _check_segments(store: Store, where: str) -> None:
     _check(bool(whole.all()), f"{where}: 'segments' has parts of groups")
     _check(bool(((filled >= 0) & (filled <= capacity)).all()), f"{where}: 'lengths' exceed the segments")
     _check(bool((filled[..., 0] % group == 0).all()), f"{where}: 'lengths' has parts of groups")
+    if store.shape.merge is not None:
+        same = torch.equal(lay_out(capacity.sum(-1), store.shape.codec, store.shape.merge)[0], store.segments)
+        _check(same, f"{where}: 'segments' are not those of {store.shape.merge}")
 
 
 def _check_counts(spec: CacheSpec, store: Store, rows: Rows, limit: Tensor | None, where: str) -> None:
@@ -228,7 +261,7 @@ def _check_counts(spec: CacheSpec, store: Store, rows: Rows, limit: Tensor | Non
         expected = kept == torch.minimum(seen, limit.long())
     _check(bool(expected.all()), f"{where}: 'lengths' are not those of {spec}")
     if limit is not None and not policy.grows:
-        same = torch.equal(lay_out(limit, spec.codec)[0], store.segments)
+        same = torch.equal(lay_out(limit, spec.codec, store.shape.merge)[0], store.segments)
         _check(same, f"{where}: 'segments' are not those of 'limit'")
 
 

@@ -9,35 +9,37 @@ from dataclasses import dataclass, field
 from kvopt.cache.allocators import ADA, PYRAMID, UNIFORM, Allocator
 from kvopt.cache.budgets import Budget, MebibyteBudget, PercentBudget, TokenBudget
 from kvopt.cache.codecs import CODECS, Codec
+from kvopt.cache.merge import MINICACHE, Merge
 from kvopt.cache.policies import POLICIES, Full, Policy, SnapKV
 from kvopt.grammar import Part, reject_leftovers, split_choice, take_number, unknown
 
 _WHAT = "cache spec"
 _PYRAMIDKV = "pyramidkv"  # snapkv + pyramid, the name of the paper
 _ALLOCATORS = (UNIFORM, PYRAMID, ADA)
-_PLANNED_PARTS = {"minicache": "merge"}
-RESERVED = {*POLICIES, _PYRAMIDKV, *_ALLOCATORS, *CODECS, *_PLANNED_PARTS}
+_PARTS = (*_ALLOCATORS, *CODECS, MINICACHE)  # behind the policy
+RESERVED = {*POLICIES, _PYRAMIDKV, *_PARTS}
 _MAXIMUM = {"b": 2**24, "p": 100, "mb": 2**20}
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """Which tokens stay, how many of them where, and in how many bits.
+    """Which tokens stay, how many of them where, in how many bits, and which layers share them.
 
     ``CacheSpec.parse("sink_b256_s4_orig+int4")`` and ``CacheSpec(Sink(4, original=True), TokenBudget(256),
     codec=Codec.named("int4"))`` are equal, and ``str`` gives the canonical string back. Grammar: ``<policy>_b<tokens>
-    [+ allocator] [+ codec]``, the parts after the policy in any order; the budget is ``_b512`` (tokens per KV head,
-    mean over layers and heads), ``_p20`` (per cent of the prompt) or ``_mb64`` (MiB for the whole cache).
+    [+ allocator] [+ merge] [+ codec]``, the parts after the policy in any order; the budget is ``_b512`` (tokens per KV
+    head, mean over layers and heads), ``_p20`` (per cent of the prompt) or ``_mb64`` (MiB for the whole cache).
 
     Raises:
-        ValueError: a policy without the budget it needs, a budget for ``full``, one below the policy's minimum, or an
-            allocator that the policy gives nothing to go by.
+        ValueError: a policy without the budget it needs, a budget for ``full``, one below the policy's minimum, an
+            allocator that the policy gives nothing to go by, or merged layers with different budgets.
     """
 
     policy: Policy = field(default_factory=Full)
     budget: Budget | None = None
     allocator: Allocator = field(default_factory=Allocator)
     codec: Codec = field(default_factory=Codec)
+    merge: Merge | None = None
 
     def __post_init__(self) -> None:
         name = self.policy.name
@@ -63,11 +65,32 @@ class CacheSpec:
                 f"{_WHAT} {str(self)!r}: 'ada' compares heads, but {name!r} keeps the same tokens in all of them; "
                 "possible: uniform, pyramid"
             )
+        if self.allocator.pyramid and self.merge is not None:
+            raise ValueError(
+                f"{_WHAT} {str(self)!r}: 'pyramid' gives the two layers of a pair different budgets, but {MINICACHE!r} "
+                "merges layers that keep the same tokens; possible: uniform, ada"
+            )
 
     @property
     def minimum(self) -> int:
         """The smallest budget in tokens: what the policy needs, and a group to pack where the cache goes on growing."""
         return max(self.policy.minimum, self.codec.group if self.policy.grows else 1)
+
+    @property
+    def scored(self) -> bool:
+        """Whether a score is kept per token."""
+        return self.policy.observation is not None or self.policy.computes
+
+    @property
+    def packs(self) -> bool:
+        """Whether anything is packed at all, by the codec or because layers are merged."""
+        return self.codec.packs or self.merge is not None
+
+    @property
+    def never_packed(self) -> int:
+        """Newest tokens that are plain in every layer at any moment."""
+        residual = self.codec.residual if self.merge is None else self.merge.residual(self.codec)
+        return residual - self.codec.group + 1
 
     def __str__(self) -> str:
         name, parts = self.policy.name, []
@@ -78,6 +101,8 @@ class CacheSpec:
             parts.append(PYRAMID)
         if self.allocator.ada:
             parts.append(ADA)
+        if self.merge is not None:
+            parts.append(str(self.merge))
         if self.codec.packs:
             parts.append(str(self.codec))
         return "+".join([f"{name}{self.budget or ''}{self.policy.settings()}", *parts])
@@ -87,8 +112,8 @@ class CacheSpec:
         """Reads a choice such as ``"h2o_b512+int4"``; a CacheSpec is passed through.
 
         Raises:
-            ValueError: an unknown part (the nearest match is named), a part that this version does not have yet, a
-                value out of range, two parts of one kind, or an impossible pair.
+            ValueError: an unknown part (the nearest match is named), a value out of range, two parts of one kind, or
+                an impossible pair.
         """
         if isinstance(choice, CacheSpec):
             return choice
@@ -101,20 +126,18 @@ class CacheSpec:
         kind = POLICIES[name]
         policy = kind.from_settings(settings, choice)
         reject_leftovers(settings, first.name, [*_MAXIMUM, *kind.options], what=_WHAT, text=choice)
-        allocator, codec = _read_parts(choice, others, first.name == _PYRAMIDKV)
-        return cls(policy, budget, allocator, codec)
+        return cls(policy, budget, *_read_parts(choice, others, first.name == _PYRAMIDKV))
 
 
-def _read_parts(text: str, parts: list[Part], pyramid: bool) -> tuple[Allocator, Codec]:
-    allocators, codec = [PYRAMID] if pyramid else [], Codec()
+def _read_parts(text: str, parts: list[Part], pyramid: bool) -> tuple[Allocator, Codec, Merge | None]:
+    allocators, codec, merge = [PYRAMID] if pyramid else [], Codec(), None
     for part in parts:
         settings = dict(part.settings)
-        if part.name in _PLANNED_PARTS:
-            raise ValueError(
-                f"{_WHAT} {text!r}: {part.name!r} is not available in this version; parts after the policy there are: "
-                f"{', '.join((*_ALLOCATORS, *CODECS))}"
-            )
-        if part.name in CODECS:
+        if part.name == MINICACHE:
+            if merge is not None:
+                raise ValueError(f"{_WHAT} {text!r}: {MINICACHE!r} is given twice")
+            merge = Merge.from_settings(settings, text)
+        elif part.name in CODECS:
             if codec.packs:
                 raise ValueError(f"{_WHAT} {text!r}: one codec only, got {codec.name!r} and {part.name!r}")
             codec = Codec.from_settings(part.name, settings, text)
@@ -125,16 +148,16 @@ def _read_parts(text: str, parts: list[Part], pyramid: bool) -> tuple[Allocator,
                 raise ValueError(f"{_WHAT} {text!r}: {part.name!r} is given twice")
             allocators.append(part.name)
         else:
-            raise unknown(_WHAT, text, "part", part.name, [*_ALLOCATORS, *CODECS, *_PLANNED_PARTS])
+            raise unknown(_WHAT, text, "part", part.name, _PARTS)
     if UNIFORM in allocators and len(allocators) > 1:
         raise ValueError(
             f"{_WHAT} {text!r}: 'uniform' shares out evenly, it can't be joined with another allocator"
         )
-    return Allocator(PYRAMID in allocators, ADA in allocators), codec
+    return Allocator(PYRAMID in allocators, ADA in allocators), codec, merge
 
 
 def _no_policy(text: str, name: str) -> ValueError:
-    if name in (*_ALLOCATORS, *CODECS, *_PLANNED_PARTS):
+    if name in _PARTS:
         return ValueError(
             f"{_WHAT} {text!r}: {name!r} is no policy and comes behind one, as in 'h2o_b512+{name}'; policies: "
             f"{', '.join(sorted({*POLICIES, _PYRAMIDKV}))}"

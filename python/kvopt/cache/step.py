@@ -69,6 +69,8 @@ class Step:
         again: the whole prompt that is to be read a second time: tokens or embeddings, and (B, T) bool, which columns
             are tokens.
         more: further chunks of the same prompt follow.
+        totals: tokens that each row has seen, these included, where several came.
+        added: how many of them these are.
     """
 
     new: int
@@ -87,6 +89,8 @@ class Step:
     hidden: list[Tensor] = field(default_factory=list)
     again: tuple[Tensor, Tensor] | None = None
     more: bool = False
+    totals: list[int] = field(default_factory=list)
+    added: list[int] = field(default_factory=list)
 
     def position_ids(self, inside: bool) -> Tensor:
         """(B, q) int64: the tokens' logical positions, or, ``inside``, their places in the cache; 0 for padding."""
@@ -154,6 +158,7 @@ def many_tokens(
     positions = (rows.count[:, None] + column - padding[:, None]).masked_fill(~valid, -1)
     newest = rows.count + lengths - 1
     step = Step(new, positions, newest, rows.count, first=first, prompt=prompt, most=most, kept=max(counts))
+    step.totals, step.added = totals, added
     if not first:
         step.mask = causal_mask(valid)
         if sinks:

@@ -18,7 +18,11 @@ from torch import Tensor
 
 from kvopt import ops_kv
 from kvopt.cache.codecs import Codec
+from kvopt.cache.merge import Merge
 from kvopt.reference_kv_codes import FP8, MODEL, packed_bytes
+
+SHARED = ("segments", "packed_keys", "packed_values", "key_scale", "value_scale")
+"""The tensors that the stores of two merged layers have in common."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Shape:
         dtype: of the model's keys and values.
         codec: what the packed part holds.
         scored: whether a score is kept per token.
-        factors: whether a packed vector has a magnitude of its own.
+        merge: how the layer is merged with another one; a packed vector then has a magnitude of its own.
     """
 
     rows: int
@@ -39,7 +43,12 @@ class Shape:
     dtype: torch.dtype
     codec: Codec
     scored: bool
-    factors: bool = False
+    merge: Merge | None = None
+
+    @property
+    def packs(self) -> bool:
+        """Whether what is packed stays as it is, so that tokens must be added one by one."""
+        return self.codec.packs or self.merge is not None
 
     def tensors(self, packed: int, plain: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor for ``packed`` and ``plain`` slots per row, Q and P."""
@@ -63,14 +72,15 @@ class Shape:
             "packed_values": ((b, q, width), torch.uint8),
             "key_scale": (key_scale, torch.float16),
             "value_scale": (value_scale, torch.float16),
-            "factors": ((b, q, 2) if self.factors else (0,), torch.float32),
+            "factors": ((b, q, 2) if self.merge is not None else (0,), torch.float32),
         }
 
-    def nbytes(self, packed: int, plain: int) -> int:
-        """Bytes of all tensors for ``packed`` and ``plain`` slots per row."""
+    def nbytes(self, packed: int, plain: int, *, own: bool = False) -> int:
+        """Bytes of all tensors for ``packed`` and ``plain`` slots per row; ``own``: but for those of a merged layer."""
         total = 0
-        for shape, dtype in self.tensors(packed, plain).values():
-            total += dtype.itemsize * torch.Size(shape).numel()
+        for name, (shape, dtype) in self.tensors(packed, plain).items():
+            if not (own and name in SHARED):
+                total += dtype.itemsize * torch.Size(shape).numel()
         return total
 
 
@@ -101,22 +111,26 @@ class Store:
     widest: int
 
     @classmethod
-    def allocate(cls, shape: Shape, capacities: Tensor, device: torch.device) -> Store:
+    def allocate(
+        cls, shape: Shape, capacities: Tensor, device: torch.device, lower: Store | None = None
+    ) -> Store:
         """An empty store.
 
         Args:
             shape: of the tensors.
             capacities: (B, H) integers on the CPU, tokens that each segment may hold.
             device: of the tensors.
+            lower: of the same capacities, whose ``SHARED`` tensors are used.
         """
-        segments, packed, plain = lay_out(capacities, shape.codec)
+        segments, packed, plain = lay_out(capacities, shape.codec, shape.merge)
         # Written in place later, perhaps outside the caller's inference mode. Zeros: what is saved shall be defined.
         with torch.inference_mode(False):
             tensors = {
                 name: torch.zeros(size, dtype=dtype, device=device)
                 for name, (size, dtype) in shape.tensors(packed, plain).items()
+                if lower is None or name not in SHARED
             }
-            tensors["segments"] = segments.to(device)
+            tensors |= {"segments": segments.to(device)} if lower is None else lower.shared()
         return cls(
             **tensors,
             codec=shape.codec.number,
@@ -133,6 +147,10 @@ class Store:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor, by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)[:11]}
+
+    def shared(self) -> dict[str, Tensor]:
+        """The tensors that a merged layer has in common with this one, by name."""
+        return {name: getattr(self, name) for name in SHARED}
 
     def capacities(self) -> Tensor:
         """(B, H) int32, tokens that each segment may hold."""
@@ -188,38 +206,81 @@ class Store:
         keys, values, _ = ops_kv.kv_quant_unpack(self, n)
         return keys, values
 
-    def select_rows(self, rows: Tensor) -> Store:
-        """``rows`` (int64) of the batch, in that order."""
+    def select_rows(self, rows: Tensor, lower: Store | None = None) -> Store:
+        """``rows`` (int64) of the batch, in that order; ``lower`` is the merged layer's store, selected already."""
         with torch.inference_mode(False):
             chosen = {
                 name: tensor.index_select(0, rows) if tensor.dim() > 1 else tensor
                 for name, tensor in self.tensors().items()
+                if lower is None or name not in SHARED
             }
+        chosen |= {} if lower is None else lower.shared()
         return self._replaced(chosen, replace(self.shape, rows=rows.shape[0]), self.widest)
 
     def grow(self, blocks: int) -> Store:
         """The same tokens with ``blocks`` more blocks of slots in each segment, behind the filled ones."""
-        heads, codec, block = self.shape.heads, self.shape.codec, self.shape.codec.block * blocks
-        part = 0 if codec.packs else 2  # which part grows
-        count = torch.arange(heads, dtype=torch.int32, device=self.segments.device) * block
+        heads, block = self.shape.heads, self.shape.codec.block * blocks
+        part = 0 if self.shape.codec.packs else 1
+        slots = [self.packed_slots, self.plain_keys.shape[1]]
         with torch.inference_mode(False):
             segments = self.segments.clone()
-            segments[..., part] += count
-            segments[..., part + 1] += block
-            packed, plain = self.packed_slots, self.plain_keys.shape[1]
-            grown = (packed + heads * block, plain) if part == 0 else (packed, plain + heads * block)
-            sizes = self.shape.tensors(*grown)
-            source = _source(self.segments, segments, part, grown[part // 2])
+            count = torch.arange(heads, dtype=torch.int32, device=segments.device)
+            segments[..., 2 * part] += count * block
+            segments[..., 2 * part + 1] += block
+        slots[part] += heads * block
+        return self._moved(segments, slots, (part,), self.widest + block, {})
+
+    def grow_to(self, capacities: Tensor, lower: Store | None = None) -> Store:
+        """The same tokens in segments for ``capacities`` (B, H) tokens, on the CPU: none smaller than it is.
+
+        ``lower`` is the store, grown already, of the layer that this one is merged with. Both parts of a merged segment
+        grow, so that k per cent of it stay unmerged.
+        """
+        segments, *slots = lay_out(capacities, self.shape.codec, self.shape.merge)
+        shared = {} if lower is None else lower.shared()
+        with torch.inference_mode(False):
+            segments = shared.get("segments", segments.to(self.segments.device, copy=True))
+        return self._moved(segments, slots, (0, 1), int(capacities.max()), shared)
+
+    def _moved(
+        self,
+        segments: Tensor,
+        slots: Sequence[int],
+        parts: Sequence[int],
+        widest: int,
+        shared: dict[str, Tensor],
+    ) -> Store:
+        """The same tokens in other ``segments``.
+
+        Args:
+            segments: (B, H, 4); where they lie.
+            slots: per row, of either part.
+            parts: which of the two change.
+            widest: bound of the capacities.
+            shared: tensors that are there already.
+        """
+        with torch.inference_mode(False):
+            sizes = self.shape.tensors(*slots)
+            sources = [
+                _source(self.segments, segments, 2 * part, slots[part]) if part in parts else None
+                for part in (0, 1)
+            ]
             tensors: dict[str, Tensor] = {"segments": segments, "lengths": self.lengths.clone()}
             for name in ("positions", "scores"):
-                tensors[name] = self._grown_slots(getattr(self, name), source, part)
-            names = ("packed_keys", "packed_values", "value_scale", "factors")
-            for name in names if part == 0 else ("plain_keys", "plain_values"):
-                tensors[name] = _spread(getattr(self, name), source, sizes[name][0])
-            if part == 0:
-                by_group = source[:, :: self.group] // self.group
+                tensors[name] = self._grown_slots(getattr(self, name), sources)
+            names = (
+                ("packed_keys", "packed_values", "value_scale", "factors"),
+                ("plain_keys", "plain_values"),
+            )
+            for part, source in enumerate(sources):
+                if source is None:
+                    continue
+                for name in set(names[part]) - set(shared):
+                    tensors[name] = _spread(getattr(self, name), source, sizes[name][0])
+            if sources[0] is not None and not shared:
+                by_group = sources[0][:, :: self.group] // self.group
                 tensors["key_scale"] = _spread(self.key_scale, by_group, sizes["key_scale"][0])
-        return self._replaced(tensors, self.shape, self.widest + block)
+        return self._replaced(tensors | shared, self.shape, widest)
 
     def _replaced(self, tensors: dict[str, Tensor], shape: Shape, widest: int) -> Store:
         every = {**self.tensors(), **tensors}
@@ -258,19 +319,27 @@ class Store:
                 part.copy_(room[:, : part.shape[1]])
             self.lengths[..., 1] = stays.sum(-1, dtype=torch.int32)
 
-    def _grown_slots(self, per_slot: Tensor, source: Tensor, part: int) -> Tensor:
+    def _grown_slots(self, per_slot: Tensor, sources: Sequence[Tensor | None]) -> Tensor:
+        """Positions or scores of both parts, each by its source; None leaves a part as it is."""
         if per_slot.dim() == 1:  # no scores are kept
             return per_slot
-        parts = [per_slot[:, : self.packed_slots], per_slot[:, self.packed_slots :]]
-        parts[part // 2] = _spread(parts[part // 2], source, tuple(source.shape))
-        return torch.cat(parts, dim=1)
+        parts = (per_slot[:, : self.packed_slots], per_slot[:, self.packed_slots :])
+        return torch.cat(
+            [
+                part if source is None else _spread(part, source, tuple(source.shape))
+                for part, source in zip(parts, sources, strict=True)
+            ],
+            dim=1,
+        )
 
 
-def lay_out(capacities: Tensor, codec: Codec) -> tuple[Tensor, int, int]:
+def lay_out(capacities: Tensor, codec: Codec, merge: Merge | None = None) -> tuple[Tensor, int, int]:
     """(B, H) integers on the CPU to segments (B, H, 4) int32 and the slots per row of either part."""
     capacities = capacities.to(torch.int64)
     packed = torch.zeros_like(capacities)
-    if codec.packs:
+    if merge is not None:
+        packed = merge.packed(capacities, codec)
+    elif codec.packs:
         packed = (capacities - codec.residual).clamp(min=0) // codec.group * codec.group
     plain = capacities - packed
     segments = torch.stack([packed.cumsum(1) - packed, packed, plain.cumsum(1) - plain, plain], dim=-1)
@@ -278,19 +347,24 @@ def lay_out(capacities: Tensor, codec: Codec) -> tuple[Tensor, int, int]:
     return segments.int(), most[0], most[1]
 
 
-def largest_parts(budgets: Sequence[int], heads: int, codec: Codec, *, uneven: bool) -> tuple[int, int]:
+def largest_parts(
+    budgets: Sequence[int], heads: int, codec: Codec, *, uneven: bool, merge: Merge | None = None
+) -> tuple[int, int]:
     """Packed and plain slots per row, Q and P, of a layer whose rows keep ``budgets`` tokens per KV head.
 
     ``uneven``: the heads of a row may share ``heads * budget`` tokens in any way; what :func:`lay_out` then needs is no
     more than this.
     """
     if not uneven:
-        _, packed, plain = lay_out(torch.tensor(budgets)[:, None].expand(-1, heads), codec)
+        _, packed, plain = lay_out(torch.tensor(budgets)[:, None].expand(-1, heads), codec, merge)
         return packed, plain
     tokens = heads * max(budgets)
-    if not codec.packs:
+    if merge is not None:
+        plain = merge.most_plain(tokens, heads, codec)
+    elif codec.packs:
+        plain = min(tokens, heads * (codec.residual + codec.group - 1))
+    else:
         return 0, tokens
-    plain = min(tokens, heads * (codec.residual + codec.group - 1))
     # One row's two parts add up to its tokens; of several rows, one may have the larger packed part, one the plain.
     return (tokens if len(budgets) > 1 else tokens - plain) // codec.group * codec.group, plain
 

@@ -21,6 +21,7 @@ from kvopt.weights import budget
 from kvopt.weights.calibration import Calibration, prepare
 from kvopt.weights.candidates import NEEDS_DATA
 from kvopt.weights.formats import QuantizedWeight, check_weight, quantize_to
+from kvopt.weights.hidden import release_pinned_memory
 from kvopt.weights.linear import QuantLinear, TiedEmbedding
 from kvopt.weights.parts import Parts, fingerprint
 from kvopt.weights.recipe import RTN, Recipe
@@ -195,6 +196,7 @@ def quantize(
         walk = Walk(model, plan, seed=seed, device=device, parts=parts, done=done)
         report.layers = walk.run(windows)
     del walk
+    release_pinned_memory()
     _library.release_free_memory()
     report.nbytes_after = model_nbytes(model)
     report.kept = _kept(model)

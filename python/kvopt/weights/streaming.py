@@ -3,7 +3,8 @@
 
 The model runs once with its layers replaced by nothing, which gives each layer's arguments (masks, positions) and the
 embedded windows. From then on only one layer runs at a time, on what the layers before it gave, quantised as they are
-by then. So the memory above the model is one layer, the windows' activations and the statistics of one input.
+by then. So the memory above the model is one layer, a batch's activations and the statistics of one input; the
+windows' hidden states wait on the host (:mod:`kvopt.weights.hidden`).
 
     embed ─► hidden ─► layer 0 ─► hidden ─► layer 1 ─► … ─► what stands behind the layers (the head)
 
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvopt.weights.calibration import Calibration
+from kvopt.weights.hidden import HiddenStates
 from kvopt.weights.linear import QuantLinear
 from kvopt.weights.solvers.statistics import Statistics
 
@@ -147,14 +150,15 @@ class Stream:
         calibration: Calibration,
         device: torch.device | str | None,
     ) -> None:
-        self._model, self._name, self._device = model, name, device
+        self._model, self._name = model, name
+        self._device = None if device is None else _indexed(torch.device(device))
         self.layers = list(layers)
         size = max(1, BATCH_TOKENS // calibration.windows.shape[1])
         seen, held = (torch.split(part, size) for part in (calibration.windows, calibration.held_out))
         self._batches = [*seen, *held]
         self.seen = range(len(seen))
         self.held_out = range(len(seen), len(seen) + len(held))
-        self._hidden: list[Tensor] = []
+        self._hidden = HiddenStates()
         self._calls: list[list[_Call]] = []
         self._as_tuple = False
 
@@ -175,14 +179,14 @@ class Stream:
         if not self.layers:
             return
         for form in (False, True):
-            self._as_tuple, self._hidden, self._calls = form, [], []
+            self._as_tuple, self._hidden, self._calls = form, HiddenStates(), []
             try:
                 for batch in self._batches:
                     self._record(batch)
                 return
             except _NotStreamable:
                 continue
-        self.layers, self._hidden, self._calls = [], [], []
+        self.layers, self._hidden, self._calls = [], HiddenStates(), []
 
     def layer(self, index: int) -> Stage:
         """A decoder layer, moved to the device."""
@@ -211,27 +215,23 @@ class Stream:
 
     def remember(self, index: int, batches: Sequence[int]) -> list[Pass]:
         """How the layer runs on these batches, to do it again when the stream has gone on; inputs on the CPU."""
-        return [Pass(self.layers[index], self._calls[b][index], self._hidden[b].cpu()) for b in batches]
+        return [Pass(self.layers[index], self._calls[b][index], self._hidden.copy(b)) for b in batches]
 
     def advance(self, index: int) -> None:
         """Runs all batches through the layer: its outputs are the next one's inputs."""
         for batch in (*self.seen, *self.held_out):
             out = self._run_layer(index, batch)
             self._as_tuple = isinstance(out, tuple)
-            self._hidden[batch] = out[0] if isinstance(out, tuple) else out
+            self._hidden.put(batch, out[0] if isinstance(out, tuple) else out)
         for calls in self._calls:
             calls[index] = _Call((), {}, 0)  # frees what no later layer shares
 
     def loss_gradient(self, batch: int) -> Tensor:
         """The gradient of the summed cross-entropy of a batch's next tokens by what the last layer gave for it."""
-        hidden = self._hidden[batch].detach().requires_grad_()
-        kept, self._hidden[batch] = self._hidden[batch], hidden
-        try:
-            with torch.enable_grad():
-                loss = next_token_loss(self._run_outside(batch), self._batches[batch])
-                return torch.autograd.grad(loss, hidden)[0]
-        finally:
-            self._hidden[batch] = kept
+        hidden = self._hidden.take(batch, self._target(-1)).detach().requires_grad_()
+        with torch.enable_grad():
+            loss = next_token_loss(self._run_outside(batch, hidden), self._batches[batch])
+            return torch.autograd.grad(loss, hidden)[0]
 
     def whole_loss_backward(self, batch: int) -> None:
         """The same loss of the model run as a whole, backwards down to the embedded tokens, for hooks to see."""
@@ -255,18 +255,25 @@ class Stream:
         return self._batches[batch].numel()
 
     def _target(self, index: int) -> torch.device:
-        found = next((p.device for p in self.layers[index].parameters()), torch.device("cpu"))
-        return found if self._device is None else torch.device(self._device)
+        if self._device is not None:
+            return self._device
+        layer = self.layers[index]
+        return next((t.device for t in chain(layer.parameters(), layer.buffers())), torch.device("cpu"))
 
     def _run_layer(self, index: int, batch: int) -> Any:
+        following = batch + 1 if batch + 1 < len(self._hidden) else None
+        hidden = self._hidden.take(batch, self._target(index), following)
         with torch.no_grad():
-            return self._calls[batch][index].make(self.layers[index], self._hidden[batch])
+            return self._calls[batch][index].make(self.layers[index], hidden)
 
-    def _run_outside(self, batch: int) -> Any:
+    def _run_outside(self, batch: int, last: Tensor | None = None) -> Any:
         def skip(index: int, *args: Any, **kwargs: Any) -> Any:
             if not self._hidden:
                 raise _Stop
-            hidden = self._hidden[batch] if index + 1 == len(self.layers) else _hidden_of(args, kwargs)
+            if index + 1 < len(self.layers):
+                hidden = _hidden_of(args, kwargs)
+            else:
+                hidden = self._hidden.take(batch, self._target(index)) if last is None else last
             return (hidden,) if self._as_tuple else hidden
 
         with _replaced(self.layers, skip):
@@ -308,7 +315,7 @@ class Stream:
             raise _NotStreamable from error
         if len(calls) != len(self.layers):
             raise _NotStreamable
-        self._hidden.append(hidden[0].to(self._target(0)))
+        self._hidden.add(hidden[0], self._target(0))
         self._calls.append(calls)
 
 
@@ -319,8 +326,6 @@ class _Call:
         self.args, self.kwargs, self.position = args, kwargs, position
 
     def make(self, layer: nn.Module, hidden: Tensor) -> Any:
-        device = next((p.device for p in layer.parameters()), hidden.device)
-        hidden = hidden.to(device)
         if self.position == 0:
             return layer(hidden, *self.args, **self.kwargs)
         return layer(*self.args, hidden_states=hidden, **self.kwargs)
@@ -396,6 +401,13 @@ def _move_own(module: nn.Module, device: torch.device | str) -> None:
         parameter.data = parameter.data.to(device)
     for name, buffer in module.named_buffers(recurse=False):
         module._buffers[name] = buffer.to(device)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """The device as tensors on it name it."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _note(name: str, calls: list[tuple[str, Tensor]]) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -163,6 +163,11 @@ class Policy:
         """Who makes room while decoding; None asks :meth:`priority` before each token."""
         return None
 
+    @property
+    def computes(self) -> bool:
+        """Whether :meth:`scores_of` is the policy's own."""
+        return type(self).scores_of is not Policy.scores_of
+
     def scores_of(self, tokens: Tokens) -> torch.Tensor | None:
         """Scores that follow from positions, keys and values alone, without any attention.
 

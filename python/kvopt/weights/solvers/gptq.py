@@ -181,15 +181,24 @@ def inverse_factor(hessian: Tensor, columns: Tensor, damping: float) -> InverseF
     base = torch.where(alive, diagonal, mean or 1.0)
     share = damping
     for _ in range(RETRIES + 1):
-        damped = hessian[columns][:, columns].double()
+        damped = _reordered(hessian, columns)
         damped.diagonal().copy_(base + share * mean)
         if factorize_upper(damped):
             invert_upper(damped)
             return InverseFactor(damped, share)
+        del damped  # before the next one
         share *= 10
     raise ValueError(
         f"gptq: the inputs' second moments can't be factorised with damping up to {share / 10:g}"
     )
+
+
+def _reordered(hessian: Tensor, columns: Tensor, rows: int = 1024) -> Tensor:
+    """Rows and columns of H (K, K) in another order, float64; in parts, for no third matrix of its size."""
+    result = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device)
+    for target, own in zip(torch.split(result, rows), torch.split(columns, rows), strict=True):
+        target.copy_(hessian[own][:, columns])
+    return result
 
 
 def factorize_upper(a: Tensor, size: int = 2048) -> bool:
