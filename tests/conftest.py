@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("KVOPT_FALLBACK", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +17,7 @@ import torch
 
 # In the environment, so that parallel workers share it.
 SESSION_SEED = int(os.environ.setdefault("KVOPT_TEST_SEED", str(random.SystemRandom().randrange(2**31))))
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
@@ -58,3 +61,12 @@ def models_folder() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("KVOPT_MODELS names no folder of extra models")
     return Path(folder)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of the benchmarks by its name there."""
+    if not BENCHMARKS.exists():
+        pytest.skip("the benchmarks are not part of this checkout")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module

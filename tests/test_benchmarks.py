@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import subprocess
 import sys
@@ -14,20 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are not part of this checkout")
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module
+from conftest import BENCHMARKS
 
 
 def test_driver_writes_what_it_prints(tmp_path: Path) -> None:
     out = tmp_path / "new" / "q.json"
     options = "qlinear --device cpu --shapes 1b_o --m 2 --rounds 2 --copies-mb 1 --recipes int4_g128 --peers torch_int4"
-    command = [sys.executable, str(FOLDER / "run.py"), *options.split(), "--out", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "run.py"), *options.split(), "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     record = json.loads(out.read_text())

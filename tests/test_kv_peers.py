@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,15 +16,6 @@ from conftest import relative_error
 from kvopt import assets
 from kvopt.eval import read_recall, recall
 from tiny_models import tiny_llama
-
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are not part of this checkout")
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module
 
 
 def peers_by_name(module: Any) -> dict[str, Any]:

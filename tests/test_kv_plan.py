@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,6 @@ from kvopt import assets
 from kvopt.cache import CacheSpec
 from kvopt.eval import RecallDocument, paired_ratio, perplexity, read_recall, recall, windows_of
 from kvopt.eval.statistics import ratio_with_stderr
-
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are not part of this checkout")
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module
 
 
 @pytest.fixture

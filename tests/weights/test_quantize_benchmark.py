@@ -5,24 +5,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import weakref
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 import kvopt
 from kvopt.weights.walk import is_linear
 
-FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are not part of this checkout")
 
-
-def test_dense_weights_of_finished_layers_are_free(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    case, journal = importlib.import_module("cases.quantize"), importlib.import_module("journal")
+def test_dense_weights_of_finished_layers_are_free(monkeypatch, module):
+    case, journal = module("cases.quantize"), module("journal")
     small = {"vocab_size": 64, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setitem(case.SHAPES, "8b", case.SHAPES["8b"] | small | {"intermediate_size": 96})
     quantize, alive = kvopt.quantize, []
