@@ -69,22 +69,21 @@ def test_ada_takes_the_best_of_all_heads_above_a_floor(trial: int) -> None:
 @pytest.mark.parametrize("spec", ["h2o_b24+ada", "snapkv_b40+ada", "pyramidkv_b40+ada", "pyramidkv_p40"])
 @pytest.mark.parametrize("prefill", ["full", 32])
 def test_capacities_add_up_in_the_cache(spec: str, prefill: str | int) -> None:
-    model = tiny_llama()
-    # The first head looks at one token each time, the second at all alike: their shares must differ.
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.k_proj.weight[:16] *= 100
-            layer.self_attn.k_proj.weight[16:] = 0
-    ids, mask = left_padded([random_ids(1, 120), random_ids(1, 90)])
-    cache = Cache(model, spec, prefill)
-    run_forced(model, cache, ids, random_ids(2, 20), mask)
-    budgets = [48, 36] if spec.endswith("p40") else [24 if "b24" in spec else 40] * 2
-    assert cache.lengths().sum((0, 2)).tolist() == [4 * budget for budget in budgets]
-    lengths = cache.lengths()
-    if "ada" in spec:
-        assert not torch.equal(lengths[..., 0], lengths[..., 1])
-    if "pyramid" in spec:
-        assert (lengths[0].sum(-1) > lengths[1].sum(-1)).all()
+    differ = False
+    for _ in range(5):  # in one random model of some hundred, heads happen to get equal shares everywhere
+        model = tiny_llama()
+        ids, mask = left_padded([random_ids(1, 120), random_ids(1, 90)])
+        cache = Cache(model, spec, prefill)
+        run_forced(model, cache, ids, random_ids(2, 20), mask)
+        budgets = [48, 36] if spec.endswith("p40") else [24 if "b24" in spec else 40] * 2
+        assert cache.lengths().sum((0, 2)).tolist() == [4 * budget for budget in budgets]
+        lengths = cache.lengths()
+        if "pyramid" in spec:
+            assert (lengths[0].sum(-1) > lengths[1].sum(-1)).all()
+        differ = not torch.equal(lengths[..., 0], lengths[..., 1])
+        if differ or "ada" not in spec:
+            break
+    assert differ == ("ada" in spec)
 
 
 def test_a_row_alone_gets_the_shares_it_gets_in_a_batch() -> None:
