@@ -191,7 +191,9 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         kept = self.kept(step)
         attended = torch.cat([self._turned(step, kept), key], dim=2)
         candidates = joined(kept, Candidates(key, value, step.positions[:, None]))
-        visible = (kept.positions >= 0)[:, :, None]
+        # Without ada all heads keep equally many tokens, at the end of `kept`: one mask does for all of them.
+        uneven = self._cache.spec.allocator.ada and not self._cache.holds
+        visible = (kept.positions[:, : None if uneven else 1] >= 0)[:, :, None]
         mask = torch.cat(
             [visible.expand(-1, -1, step.new, -1), step.mask.expand(-1, visible.shape[1], -1, -1)], dim=-1
         )

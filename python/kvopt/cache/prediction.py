@@ -269,7 +269,7 @@ class _Sizes:
         """A chunk of ``new`` tokens over ``kept`` ones: what was kept, unpacked and in order, joined with the chunk."""
         both = kept + new
         policy = self.spec.policy
-        alike = policy.positions_only or policy.shared_heads
+        alike = policy.second_reading or not self.spec.allocator.ada
         joined = 2 * self.vectors(kept) + 3 * self.vectors(both)
         # What each query sees, as truth values and as sdpa wants it (on CUDA a second time, for its alignment); and
         # every query head's own keys and values.
