@@ -189,8 +189,9 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         """Several tokens on a cache that is not empty: they see all that is kept, and each other causally."""
         assert step.mask is not None
         kept = self.kept(step)
-        attended = torch.cat([self._turned(step, kept), key], dim=2)
         candidates = joined(kept, Candidates(key, value, step.positions[:, None]))
+        turned = self._turned(step, kept)
+        attended = candidates.keys if turned is kept.keys else torch.cat([turned, key], dim=2)
         # Without ada all heads keep equally many tokens, at the end of `kept`: one mask does for all of them.
         uneven = self._cache.spec.allocator.ada and not self._cache.holds
         visible = (kept.positions[:, : None if uneven else 1] >= 0)[:, :, None]
@@ -199,6 +200,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
         )
         if mask.shape[1] > 1:
             mask = mask.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        del kept, turned  # a layer's worth, which `candidates` has in copy
         output = sdpa(query, attended, candidates.values, mask)
         if step.reading:
             self._observe(step, query, attended, candidates, scale)

@@ -270,15 +270,16 @@ class _Sizes:
         both = kept + new
         policy = self.spec.policy
         alike = policy.second_reading or not self.spec.allocator.ada
-        joined = 2 * self.vectors(kept) + 3 * self.vectors(both)
+        joining = 2 * self.vectors(kept) + 2 * self.vectors(both)
+        joined = (3 if policy.sinks else 2) * self.vectors(both)  # keys a second time with sinks in other places
         # What each query sees, as truth values and as sdpa wants it (on CUDA a second time, for its alignment); and
         # every query head's own keys and values.
         masks = self.rows * (1 if alike else self.query_heads) * new * both
         wide = self.item * (2 if self.arch.base.device.type == "cuda" else 1)
         attention = max(masks * (1 + wide) + 2 * self.queries(both), 2 * masks)
         chosen = masks + self._choosing(both, new) + 4 * self.vectors(new)
-        turned = 3 * self.vectors(kept, 4) + self.vectors(kept) if policy.sinks else 0
-        return joined + max(attention, chosen) + turned + self._merging(both)
+        turned = 3 * self.vectors(kept, 4) + 3 * self.vectors(kept) if policy.sinks else 0
+        return max(joining, joined + max(attention, chosen) + turned) + self._merging(both)
 
     def _merging(self, tokens: int) -> int:
         """What a pair's lower layer leaves for the upper one, and the merging of both."""
