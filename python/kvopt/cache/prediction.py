@@ -271,7 +271,8 @@ class _Sizes:
         policy = self.spec.policy
         alike = policy.second_reading or not self.spec.allocator.ada
         joining = 2 * self.vectors(kept) + 2 * self.vectors(both)
-        joined = (3 if policy.sinks else 2) * self.vectors(both)  # keys a second time with sinks in other places
+        copies = 3 if policy.sinks else 2  # keys a second time where sinks get other positions
+        joined = copies * self.vectors(both)
         # What each query sees, as truth values and as sdpa wants it (on CUDA a second time, for its alignment); and
         # every query head's own keys and values.
         masks = self.rows * (1 if alike else self.query_heads) * new * both
